@@ -1,0 +1,1 @@
+"""File formats: one file each. `SPEC.md` beside this file describes `.sdelta`."""

@@ -1,0 +1,61 @@
+"""Writing files so that a reader sees the whole new file or the old one, never a half."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from deltakit.errors import MissingFileError, OutputExistsError
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success fsync it and move it onto `path`.
+
+    On any exception, KeyboardInterrupt included, the temporary file is removed and `path` is left
+    as it was. Raises MissingFileError when the folder does not exist.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise MissingFileError(f"cannot write {target}: folder {target.parent} does not exist")
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; outputs are ordinary files
+        yield temporary
+        sync(temporary)
+        temporary.replace(target)
+        sync(target.parent)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def sync(path: Path) -> None:
+    """fsync a file or, where the system can, a folder."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a whole small file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def refuse_existing(path: str | os.PathLike[str], force: bool = False) -> None:
+    """Raise OutputExistsError when `path` exists and `force` is not given."""
+    if not force and Path(path).exists():
+        raise OutputExistsError(f"{path} exists; give another output or --force to replace it")
