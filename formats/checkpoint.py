@@ -1,0 +1,114 @@
+"""A base checkpoint on disk, one safetensors file or many, read lazily and never written to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deltakit.delta import in_tensor_order
+from deltakit.dtypes import Array
+from deltakit.errors import CoordinateError, FormatError, nearest
+from deltakit.formats.checkpoint_files import locate
+from deltakit.formats.safetensors_file import SafetensorsFile, TensorInfo
+
+
+class Checkpoint:
+    """All tensors of a checkpoint, by name.
+
+    path: a .safetensors file, an index file, or a directory (see
+    `deltakit.formats.checkpoint_files`). model_id and revision: where it was published, if known.
+
+    `tensors` maps names to TensorInfo in bytewise order; `files` are the weight files and `index`
+    the index file, or None; `directory` is None for a lone file; `notes` says what was found but
+    not used. Everything about the files is checked here: headers, sizes, and that index and shards
+    agree. Raises MissingFileError and FormatError.
+    """
+
+    def __init__(
+        self, path: str | Path, *, model_id: str | None = None, revision: str | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.model_id = model_id
+        self.revision = revision
+        located = locate(path)
+        self.directory = located.directory
+        self.files = located.files
+        self.index = located.index
+        self.notes: list[str] = []
+        self.shards = {file.name: SafetensorsFile(file) for file in located.files}
+        if located.weight_map is None:
+            tensors = dict(self.shards[self.files[0].name].tensors)
+        else:
+            tensors = self._indexed(located.weight_map)
+        self.tensors: Mapping[str, TensorInfo] = in_tensor_order(tensors)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, in bytewise order."""
+        return list(self.tensors)
+
+    @property
+    def total_weights(self) -> int:
+        """Elements of all tensors."""
+        return sum(info.numel for info in self.tensors.values())
+
+    def info(self, name: str) -> TensorInfo:
+        """What is known about a tensor; CoordinateError with the nearest names when unknown."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CoordinateError(
+                f"{self.path} has no tensor {name!r}{nearest(name, self.names)}"
+            ) from None
+
+    def words(self, name: str) -> Array:
+        """The raw words of a tensor (unsigned integers as wide as its dtype), flat [numel]: a
+        read-only view of the mapped file."""
+        return self._shard(name).words(name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """A copy of the raw words [start, stop) of a tensor, without keeping pages mapped."""
+        return self._shard(name).read(name, start, stop)
+
+    def gather(self, name: str, indices: Array) -> Array:
+        """The raw words of a tensor at flat `indices` (int64 [n], any order), [n].
+
+        Takes O(n) time and memory. Raises CoordinateError for an index outside the tensor.
+        """
+        return self._shard(name).gather(name, indices)
+
+    def config(self) -> dict[str, Any] | None:
+        """The content of config.json beside the weights of a directory; None without one."""
+        if self.directory is None or not (self.directory / "config.json").is_file():
+            return None
+        file = self.directory / "config.json"
+        try:
+            content = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise FormatError(f"{file} is not JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise FormatError(f"{file} is no JSON object")
+        return content
+
+    def _shard(self, name: str) -> SafetensorsFile:
+        return self.shards[self.info(name).file.name]
+
+    def _indexed(self, weight_map: Mapping[str, str]) -> dict[str, TensorInfo]:
+        tensors = {}
+        for name, file in weight_map.items():
+            try:
+                tensors[name] = self.shards[file].tensors[name]
+            except KeyError:
+                raise FormatError(
+                    f"{self.index}: tensor {name!r} is mapped to {file}, which does not hold it"
+                ) from None
+        for file, shard in self.shards.items():
+            unlisted = [name for name in shard.tensors if weight_map.get(name) != file]
+            if unlisted:
+                self.notes.append(
+                    f"{file} holds {len(unlisted)} tensors that the index does not list there "
+                    f"(such as {unlisted[0]!r}); they are not used"
+                )
+        return tensors
