@@ -1,0 +1,69 @@
+"""Exact top-k over a stream of scored entries, in memory that depends on k alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+SMALLEST = 1.401298464324817e-45  # the least positive float32: zero scores are not streamed
+SLACK = 16384  # entries beyond 2 k that may gather before the pool is cut back to k
+SAMPLE_STRIDE = 16
+
+
+class TopK:
+    """The k entries of highest score; ties go to the earlier tensor, then to the lower index.
+
+    An entry may be dropped as soon as k better ones are pooled, so the k-th best score so far is
+    a threshold that only rises. Entries of score zero are never pooled: when fewer than k score
+    above zero, the caller fills up in tie order.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.threshold = SMALLEST
+        self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._count = 0
+
+    def raise_threshold(self, scores: torch.Tensor) -> None:
+        """Raise the threshold by a strided sample of scores [n] that are about to be offered.
+
+        The k-th best of any k or more entries bounds the k-th best of all from below.
+        """
+        sample = scores[::SAMPLE_STRIDE]
+        if self.threshold == SMALLEST and len(sample) >= self.k > 0:
+            kth = torch.topk(sample, self.k).values[-1].item()
+            self.threshold = max(self.threshold, kth)
+
+    def offer(
+        self, tensor: int, scores: torch.Tensor, indices: torch.Tensor, gradients: torch.Tensor
+    ) -> None:
+        """Pool entries: scores float32 [n], flat indices int64 [n], gradients float [n]."""
+        if not self.k or not len(scores):
+            return
+        owners = torch.full_like(indices, tensor)
+        self._parts.append((scores, owners, indices, gradients))
+        self._count += len(scores)
+        if self._count >= 2 * self.k + SLACK:
+            self._cut()
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(tensor [m], index [m], gradient [m]) of the best m <= k entries, in tie order."""
+        if not self._parts:
+            empty = torch.zeros(0, dtype=torch.int64)
+            return empty, empty, torch.zeros(0)
+        self._cut()
+        _, owners, indices, gradients = self._parts[0]
+        return owners, indices, gradients
+
+    def _cut(self) -> None:
+        columns = [torch.cat(part) for part in zip(*self._parts, strict=True)]
+        scores = columns[0]
+        if len(scores) > self.k:
+            kth = torch.topk(scores, self.k, sorted=False).values.min()
+            columns = [column[scores >= kth] for column in columns]
+            self.threshold = max(self.threshold, kth.item())
+        scores, owners, indices, gradients = columns
+        keys = tuple(a.cpu().numpy() for a in (indices, owners, -scores))
+        order = torch.from_numpy(np.lexsort(keys)[: self.k]).to(scores.device)
+        self._parts = [(scores[order], owners[order], indices[order], gradients[order])]
+        self._count = len(order)

@@ -1,0 +1,142 @@
+"""Incremental unmasking: which entries join the support at each selection step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from deltakit.dtypes import Array
+from deltakit.errors import TrainingError
+from deltakit.selection.d3 import D3
+from deltakit.selection.topk import TopK
+
+Unmasked = tuple[int, torch.Tensor, torch.Tensor]  # tensor number, flat indices, their gradients
+
+
+class Unmasking:
+    """The selector of one incremental run.
+
+    score: of entries. plan: cumulative number of entries after each selection step, int64
+    [steps]. numels: elements per tensor, in tensor order. seats: which tensor each entry of the
+    budget belongs to, int [budget], or None where all tensors compete. Per optimizer step:
+    `begin`, then `offer` once for each tensor that has a gradient, in any order, then `choose`.
+    """
+
+    def __init__(
+        self, score: D3, plan: Array, numels: Sequence[int], seats: Array | None = None
+    ) -> None:
+        self.score = score
+        self.plan = plan
+        self._numels = list(numels)
+        self._seats = seats
+        self._pools: list[TopK] = []
+
+    @property
+    def steps(self) -> int:
+        """Steps that select; later ones train a fixed support."""
+        return len(self.plan)
+
+    def begin(self, step: int) -> None:
+        """Open the pools of selection step `step`."""
+        start, stop = int(self.plan[step - 1]) if step else 0, int(self.plan[step])
+        if self._seats is None:
+            self._pools = [TopK(stop - start)] * len(self._numels)
+        else:
+            counts = np.bincount(self._seats[start:stop], minlength=len(self._numels))
+            self._pools = [TopK(int(k)) for k in counts]
+
+    def offer(
+        self,
+        tensor: int,
+        gradient: torch.Tensor,
+        weight: torch.Tensor,
+        bounds: tuple[float, float],
+        where: str,
+    ) -> None:
+        """Score a tensor's dense gradient and pool what may win.
+
+        gradient: flat [n], zero at entries that must not be chosen. weight: flat [n]. bounds:
+        least and largest |w|. where: names the tensor in errors. Raises TrainingError for a
+        gradient that is not finite.
+        """
+        pool = self._pools[tensor]
+        if not pool.k:
+            return
+        size = 2**18 if gradient.device.type == "cpu" else 2**24  # stays within a core's cache
+        for start in range(0, len(gradient), size):
+            part = gradient[start : start + size].float()
+            magnitude = part.abs()
+            largest = magnitude.max().item()
+            if not np.isfinite(largest):
+                raise TrainingError(
+                    f"{where}: the gradient is not finite ({largest}); lower the learning rate, "
+                    "clip gradients or look for broken inputs"
+                )
+            if largest >= self.score.least_gradient(pool.threshold, *bounds) and largest > 0:
+                self._offer_part(pool, tensor, part, magnitude, weight, start, bounds)
+
+    def _offer_part(
+        self,
+        pool: TopK,
+        tensor: int,
+        part: torch.Tensor,
+        magnitude: torch.Tensor,
+        weight: torch.Tensor,
+        start: int,
+        bounds: tuple[float, float],
+    ) -> None:
+        if self.score.exp == 0:
+            pool.raise_threshold(magnitude)
+        near = _where_at_least(magnitude, self.score.least_gradient(pool.threshold, *bounds))
+        gradient = part[near]
+        scores = self.score.score(gradient, weight[start + near])
+        if self.score.exp != 0:
+            pool.raise_threshold(scores)
+        good = scores >= pool.threshold
+        pool.offer(tensor, scores[good], start + near[good], gradient[good])
+
+    def choose(self, taken: Callable[[int], Array]) -> list[Unmasked]:
+        """The entries that join now; exactly as many as planned, whatever the gradients were.
+
+        taken: gives the flat indices of a tensor that must not be chosen; asked only when fewer
+        entries score above zero than are wanted. The rest then comes in tie order: earlier
+        tensor, lower index, with a gradient of zero.
+        """
+        chosen: list[Unmasked] = []
+        for pool in dict.fromkeys(self._pools):
+            owners, indices, gradients = pool.result()
+            for tensor in torch.unique(owners).tolist():
+                mine = owners == tensor
+                chosen.append((tensor, indices[mine], gradients[mine]))
+            missing = pool.k - len(owners)
+            if missing:
+                members = [n for n, p in enumerate(self._pools) if p is pool]
+                chosen += self._first_free(missing, members, chosen, taken)
+        self._pools = []
+        return sorted(chosen, key=lambda c: c[0])
+
+    def _first_free(
+        self,
+        missing: int,
+        members: list[int],
+        chosen: list[Unmasked],
+        taken: Callable[[int], Array],
+    ) -> list[Unmasked]:
+        found: list[Unmasked] = []
+        for tensor in members:
+            blocked = [indices.cpu().numpy() for t, indices, _ in chosen if t == tensor]
+            used = np.unique(np.concatenate([*blocked, taken(tensor)]))
+            candidates = np.arange(min(self._numels[tensor], missing + len(used)))
+            free = np.setdiff1d(candidates, used, assume_unique=True)[:missing]
+            if len(free):
+                found.append((tensor, torch.from_numpy(free), torch.zeros(len(free))))
+                missing -= len(free)
+        return found
+
+
+def _where_at_least(magnitude: torch.Tensor, bound: float) -> torch.Tensor:
+    if magnitude.device.type == "cpu":  # NumPy's flatnonzero is several times faster than torch's
+        return torch.from_numpy(np.flatnonzero(magnitude.numpy() >= np.float32(bound)))
+    return (magnitude >= bound).nonzero().view(-1)

@@ -1,0 +1,1 @@
+"""Training: live models, the engine that trains entries, and the tasks around it."""

@@ -1,0 +1,106 @@
+"""Between live parameters and the tensors of the checkpoint they were loaded from.
+
+A delta speaks of the checkpoint: its names, shapes and flat indices. A live model may carry a
+prefix that the checkpoint lacks (a `BertModel` checkpoint in a classifier), or lack one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltakit.errors import ConfigError, CoordinateError, nearest
+from deltakit.formats.checkpoint import Checkpoint
+
+_OLD_ENDINGS = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
+_CONFIG_KEYS = ("architectures", "id2label", "label2id", "problem_type", "vocab_size")
+
+
+def find_checkpoint(model: torch.nn.Module) -> Checkpoint | None:
+    """The local checkpoint that `from_pretrained` loaded the model from, where there is one."""
+    path = getattr(model, "name_or_path", "")
+    return Checkpoint(path) if path and Path(path).is_dir() else None
+
+
+def checkpoint_names(
+    model: torch.nn.Module, checkpoint: Checkpoint | None
+) -> dict[str, str | None]:
+    """Live parameter name -> name in the checkpoint; None for what the checkpoint lacks.
+
+    Parameters come in the model's order, tied ones once. Without a checkpoint the live names are
+    the coordinates. Raises CoordinateError where names match and shapes differ.
+    """
+    live = dict(model.named_parameters())
+    if checkpoint is None:
+        return dict.fromkeys(live) | {name: name for name in live}
+    prefix = getattr(model, "base_model_prefix", "")
+    names = {name: _resolve(name, prefix, checkpoint) for name in live}
+    for name, stored in names.items():
+        if stored is not None and tuple(checkpoint.tensors[stored].shape) != live[name].shape:
+            raise CoordinateError(
+                f"live parameter {name!r} has shape {list(live[name].shape)}, but {stored!r} in "
+                f"the checkpoint has {list(checkpoint.tensors[stored].shape)}; load the model as "
+                "its checkpoint describes it"
+            )
+    return names
+
+
+def _resolve(name: str, prefix: str, checkpoint: Checkpoint) -> str | None:
+    candidates = [name]
+    if prefix:
+        candidates.append(name.removeprefix(f"{prefix}."))
+        candidates.append(f"{prefix}.{name}")
+    for new, old in _OLD_ENDINGS:
+        candidates += [c.removesuffix(new) + old for c in candidates if c.endswith(new)]
+    return next((c for c in candidates if c in checkpoint.tensors), None)
+
+
+def matching(
+    patterns: str | Iterable[str] | None, names: Mapping[str, str | None], what: str
+) -> set[str]:
+    """The live names that any of the patterns matches; all of them for None.
+
+    names: live name -> name in the checkpoint; a pattern may match either. It is a shell pattern
+    ("*.query.weight") or a whole part of a dotted name ("embeddings", "attention.self").
+    Raises ConfigError for a pattern that matches nothing.
+    """
+    if patterns is None:
+        return set(names)
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = {n for n, stored in names.items() if _matches(pattern, n, stored or n)}
+        if not hits:
+            raise ConfigError(
+                f"{what} {pattern!r} matches no tensor{nearest(pattern, list(names))}"
+            )
+        found |= hits
+    return found
+
+
+def _matches(pattern: str, *names: str) -> bool:
+    if any(c in pattern for c in "*?["):
+        return any(fnmatchcase(name, pattern) for name in names)
+    return any(f".{pattern}." in f".{name}." for name in names)
+
+
+def config_changes(model: torch.nn.Module, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """What a config.json must say so that the model's class and head are loaded again.
+
+    Empty for models without a config and for bases without a config.json.
+    """
+    config: Any = getattr(model, "config", None)
+    if checkpoint is None or checkpoint.directory is None or not hasattr(config, "to_dict"):
+        return {}
+    path = Path(os.fspath(checkpoint.directory)) / "config.json"
+    if not path.is_file():
+        return {}
+    old: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    new = json.loads(json.dumps(config.to_dict()))
+    new["architectures"] = [type(model).__name__]
+    return {key: new[key] for key in _CONFIG_KEYS if key in new and new[key] != old.get(key)}

@@ -1,0 +1,253 @@
+"""The training engine: from dense gradients, one tensor at a time, to updated entries.
+
+Backward hands each target's dense gradient to a hook, which takes out the gradients of trained
+entries, lets the selector score the rest, and frees it before the next one is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from deltakit.dtypes import Array
+from deltakit.errors import TrainingError
+from deltakit.selection.unmask import Unmasking
+from deltakit.training.entries import Entries, Target
+
+
+@dataclass(eq=False)
+class Extra:
+    """One tensor trained densely: the live parameter and its float32 master (itself if float32)."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    master: torch.nn.Parameter
+    updates: int = 0
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """The gradient in the master's dtype, or None."""
+        grad = self.parameter.grad
+        return None if grad is None else grad.to(self.master.dtype)
+
+    @torch.no_grad()
+    def write_through(self) -> None:
+        """Round the master into the live parameter."""
+        if self.master is not self.parameter:
+            self.parameter.copy_(self.master)
+
+
+def make_extra(name: str, parameter: torch.nn.Parameter) -> Extra:
+    """An extra whose master is float32 where the parameter is narrower."""
+    if parameter.dtype in (torch.float32, torch.float64):
+        return Extra(name, parameter, parameter)
+    return Extra(name, parameter, torch.nn.Parameter(parameter.detach().float()))
+
+
+class Engine:
+    """Entries, extras, selector and the hooks that feed them.
+
+    accumulation_steps: backward passes per optimizer step. Selection needs the gradient summed
+    over all of them, so a step that selects keeps dense gradients until the last pass; a step on
+    a fixed support frees every one at once.
+    """
+
+    def __init__(
+        self,
+        entries: Entries,
+        extras: Sequence[Extra],
+        selector: Unmasking | None,
+        *,
+        accumulation_steps: int = 1,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self.entries = entries
+        self.extras = list(extras)
+        self.selector = selector
+        self.accumulation_steps = accumulation_steps
+        self.max_grad_norm = max_grad_norm
+        self.step = 0
+        self.gradient_norm: float | None = None
+        self._passes = [0] * len(entries.targets)
+        self._offered = [False] * len(entries.targets)
+        self._finished = False
+        self._began = False
+        self._bounds = [_weight_bounds(t.flat) for t in entries.targets] if selector else []
+        self._hooks = [_on_gradient(t.parameter, self._hook(t)) for t in entries.targets]
+        self._freeze_untrained()
+
+    @property
+    def selecting(self) -> bool:
+        """Whether the current step unmasks entries."""
+        return self.selector is not None and self.step < self.selector.steps
+
+    def finish_gradients(self) -> float:
+        """Take in what backward left, select, clip; returns the norm before clipping.
+
+        The norm is that of chosen entries and extras, the only gradients that move anything.
+        Idempotent within a step.
+        """
+        if not self._finished:
+            for target in self.entries.targets:
+                if target.parameter.grad is not None:
+                    self._consume(target)
+            if self.selecting:
+                self._begin()
+                self._unmask()
+            self.gradient_norm = self._clip()
+            self._finished = True
+        assert self.gradient_norm is not None
+        return self.gradient_norm
+
+    def finish_step(self) -> None:
+        """Write entries and extras through, clear gradients and go to the next step."""
+        self.entries.write_through()
+        for extra in self.extras:
+            extra.write_through()
+        was_selecting = self.selecting
+        self.step += 1
+        self.clear_gradients()
+        if was_selecting and not self.selecting:
+            self._freeze_untrained()
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients of the current step."""
+        self.entries.gradient.zero_()
+        for target in self.entries.targets:
+            target.parameter.grad = None
+        for extra in self.extras:
+            extra.parameter.grad = None
+        self._passes = [0] * len(self._passes)
+        self._offered = [False] * len(self._offered)
+        self._finished = self._began = False
+
+    def close(self) -> None:
+        """Remove the hooks; the model keeps its trained weights."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers only, so that it loads with `weights_only=True`."""
+        entries = self.entries
+        taken = slice(0, entries.count)
+        return {
+            "step": self.step,
+            "values": entries.values.detach()[taken].clone(),
+            "base": entries.base[taken].clone(),
+            "order": entries.order[taken].clone(),
+            "targets": {t.name: (t.indices.clone(), t.slots.clone()) for t in entries.targets},
+            "extras": {e.name: (e.master.detach().clone(), e.updates) for e in self.extras},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore; raises TrainingError when the state belongs to other targets or extras."""
+        entries = self.entries
+        if set(state["targets"]) != {t.name for t in entries.targets}:
+            raise TrainingError("the saved state trains other tensors than this run")
+        if set(state["extras"]) != {e.name for e in self.extras}:
+            raise TrainingError("the saved state has other extras than this run")
+        if len(state["values"]) > len(entries.values):
+            raise TrainingError("the saved state holds more entries than this run's budget")
+        entries.restore()
+        entries.count = len(state["values"])
+        for name in ("values", "base", "order"):
+            place = getattr(entries, name).data
+            place.zero_()
+            place[: entries.count] = state[name].to(place)
+        for target in entries.targets:
+            indices, slots = state["targets"][target.name]
+            target.indices = indices.to(target.parameter.device)
+            target.slots = slots.to(entries.base.device)
+        for extra in self.extras:
+            master, extra.updates = state["extras"][extra.name]
+            extra.master.copy_(master)
+            extra.write_through()
+        self.step = int(state["step"])
+        entries.write_through()
+        self.clear_gradients()
+        self._freeze_untrained()
+
+    def _hook(self, target: Target) -> Callable[[torch.Tensor], None]:
+        def receive(_: torch.Tensor) -> None:
+            self._passes[target.number] += 1
+            if self.selecting and self._passes[target.number] < self.accumulation_steps:
+                return  # the sum over all passes is scored, so it must be kept
+            self._consume(target)
+
+        return receive
+
+    def _consume(self, target: Target) -> None:
+        gradient = target.parameter.grad
+        assert gradient is not None
+        target.parameter.grad = None
+        flat = gradient.reshape(-1)
+        self.entries.accumulate(target, flat)
+        if not self.selecting:
+            return
+        if self._offered[target.number]:
+            raise TrainingError(
+                f"{target.live_name}: backward ran more often than accumulation_steps="
+                f"{self.accumulation_steps} between two optimizer steps; pass the real number"
+            )
+        self._offered[target.number] = True
+        self._begin()
+        flat[target.indices] = 0
+        flat[target.forbidden] = 0
+        assert self.selector is not None
+        bounds = self._bounds[target.number]
+        self.selector.offer(target.number, flat, target.flat, bounds, target.live_name)
+
+    def _begin(self) -> None:
+        if not self._began:
+            assert self.selector is not None
+            self.selector.begin(self.step)
+            self._began = True
+
+    def _unmask(self) -> None:
+        assert self.selector is not None
+        for number, indices, gradient in self.selector.choose(self._blocked):
+            self.entries.add(self.entries.targets[number], indices, self.step, gradient)
+
+    def _blocked(self, number: int) -> Array:
+        return self.entries.targets[number].blocked()
+
+    def _clip(self) -> float:
+        gradients = [self.entries.gradient]
+        gradients += [e.parameter.grad for e in self.extras if e.parameter.grad is not None]
+        norms = torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients])
+        norm = float(torch.linalg.vector_norm(norms))
+        if not np.isfinite(norm):
+            raise TrainingError(
+                f"step {self.step}: the gradient of the trained entries is not finite ({norm}); "
+                "lower the learning rate, clip gradients or look for broken inputs"
+            )
+        if self.max_grad_norm and norm > self.max_grad_norm:
+            for gradient in gradients:
+                gradient.mul_(self.max_grad_norm / (norm + 1e-6))
+        return norm
+
+    def _freeze_untrained(self) -> None:
+        """Once the support is fixed, tensors without entries need no gradient at all."""
+        for target in self.entries.targets:
+            target.parameter.requires_grad_(self.selecting or len(target.indices) > 0)
+
+
+def _on_gradient(parameter: torch.nn.Parameter, hook: Callable[[torch.Tensor], None]) -> Any:
+    parameter.requires_grad_()  # torch refuses hooks on frozen tensors
+    register: Any = parameter.register_post_accumulate_grad_hook  # untyped in torch
+    return register(hook)
+
+
+def _weight_bounds(flat: torch.Tensor) -> tuple[float, float]:
+    """Least and largest |w|: entries that are not chosen keep their base bits, so they stay true."""
+    least, largest = float("inf"), 0.0
+    for part in torch.split(flat, 2**24):
+        size = part.abs()
+        least, largest = min(least, size.min().item()), max(largest, size.max().item())
+    return least, largest

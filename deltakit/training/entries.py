@@ -1,0 +1,151 @@
+"""The trained entries of a live model: compact values, and writing them through to the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from deltakit.dtypes import Array
+from deltakit.errors import TrainingError
+
+
+def _no_positions() -> torch.Tensor:
+    return torch.zeros(0, dtype=torch.int64)
+
+
+@dataclass(eq=False)
+class Target:
+    """One live tensor whose entries may be trained.
+
+    name: in checkpoint coordinates. live_name: of the parameter. indices, slots: int64 [n], in
+    order of unmasking; entry `indices[i]` of the tensor is entry `slots[i]` of the compact arrays.
+    forbidden: int64, flat indices that must not be chosen.
+    """
+
+    number: int
+    name: str
+    live_name: str
+    parameter: torch.nn.Parameter
+    indices: torch.Tensor = field(default_factory=_no_positions)
+    slots: torch.Tensor = field(default_factory=_no_positions)
+    forbidden: torch.Tensor = field(default_factory=_no_positions)
+    seed: int | None = None
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """The live weights as a flat view that shares their memory."""
+        return self.parameter.data.view(-1)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return self.parameter.numel()
+
+    def blocked(self) -> Array:
+        """Flat indices that are taken or forbidden, int64, sorted."""
+        taken, forbidden = self.indices.cpu().numpy(), self.forbidden.cpu().numpy()
+        return np.union1d(taken, forbidden)
+
+
+class Entries:
+    """All entries of a run in flat arrays of `budget` places, filled in order of unmasking.
+
+    values: Parameter [budget], float32 (float64 for float64 models): the delta, with its gradient
+    accumulated in `values.grad`. base: the base's bits as numbers of the same dtype, [budget].
+    order: int32 [budget], the step at which each entry was unmasked. Only the first `count`
+    places are in use; the others stay zero.
+    """
+
+    def __init__(self, targets: list[Target], budget: int) -> None:
+        self.targets = targets
+        wide = {t.parameter.dtype == torch.float64 for t in targets}
+        if len(wide) != 1:
+            raise TrainingError("float64 and narrower tensors cannot be trained in one run")
+        device = targets[0].parameter.device
+        dtype = torch.float64 if wide.pop() else torch.float32
+        self.count = 0
+        self._initial_order = np.zeros(0, np.int64)
+        self.values = torch.nn.Parameter(torch.zeros(budget, dtype=dtype, device=device))
+        self.values.grad = torch.zeros_like(self.values)
+        self.base = torch.zeros(budget, dtype=dtype, device=device)
+        self.order = torch.zeros(budget, dtype=torch.int32, device=device)
+        for target in targets:
+            target.indices = target.indices.to(target.parameter.device)
+            target.slots = target.slots.to(device)
+            target.forbidden = target.forbidden.to(target.parameter.device)
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """The accumulated gradient of all places, [budget]."""
+        if self.values.grad is None:  # an optimizer's zero_grad(set_to_none=True)
+            self.values.grad = torch.zeros_like(self.values)
+        return self.values.grad
+
+    @torch.no_grad()
+    def add(
+        self,
+        target: Target,
+        indices: torch.Tensor,
+        step: int,
+        gradient: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+    ) -> None:
+        """Take entries of one tensor into training: flat indices [n], none of them taken yet."""
+        stop = self.count + len(indices)
+        place = slice(self.count, stop)
+        at = indices.to(target.parameter.device)
+        self.base[place] = target.flat[at].to(self.base)
+        self.order[place] = step
+        if gradient is not None:
+            self.gradient[place] = gradient.to(self.base)
+        if values is not None:
+            self.values[place] = values.to(self.base)
+        target.indices = torch.cat([target.indices, at])
+        slots = torch.arange(self.count, stop, device=self.base.device)
+        target.slots = torch.cat([target.slots, slots])
+        self.count = stop
+
+    def remember_initial(self, orders: list[Array | None]) -> None:
+        """Keep the recorded orders of all entries so far, which an earlier run unmasked.
+
+        An earlier delta without orders counts as unmasked at step 0.
+        """
+        known = not any(order is None for order in orders)
+        parts = [order for order in orders if order is not None] if known else []
+        self._initial_order = np.concatenate(parts) if parts else np.zeros(self.count, np.int64)
+
+    def recorded_order(self) -> Array:
+        """The order to record per place, int64 [count]: earlier runs first, then this one's steps."""
+        order = self.order[: self.count].cpu().numpy().astype(np.int64)
+        earlier = len(self._initial_order)
+        if earlier:
+            order += int(self._initial_order.max()) + 1
+            order[:earlier] = self._initial_order
+        return order
+
+    def accumulate(self, target: Target, gradient: torch.Tensor) -> None:
+        """Add the gradient of a target's entries, taken from its dense gradient (flat)."""
+        if len(target.indices):
+            self.gradient[target.slots] += gradient[target.indices].to(self.base)
+
+    @torch.no_grad()
+    def write_through(self) -> None:
+        """Set every entry's live weight to round(base + value), the arithmetic of merging.
+
+        The zero is the merge's empty sum: it turns a value of -0.0 into 0.0, as merging does.
+        """
+        merged = self.base[: self.count] + (self.values[: self.count] + 0.0)
+        for target in self.targets:
+            if len(target.indices):
+                new = merged[target.slots].to(target.parameter)
+                target.flat[target.indices] = new
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give every entry's live weight its base bits back."""
+        for target in self.targets:
+            if len(target.indices):
+                old = self.base[target.slots].to(target.parameter)
+                target.flat[target.indices] = old

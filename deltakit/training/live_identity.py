@@ -1,0 +1,71 @@
+"""The base's identity, taken from a live model before training changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltakit.delta import BaseIdentity, SparseDelta
+from deltakit.dtypes import Array
+from deltakit.errors import BaseMismatchError
+from deltakit.formats.checkpoint import Checkpoint
+from deltakit.identity import fingerprint, sample_positions
+from deltakit.training.arrays import to_numpy
+from deltakit.training.entries import Target
+
+
+class LiveIdentity:
+    """Sampled base values of every target, and where the base came from.
+
+    model_id and revision default to what `from_pretrained` recorded in the model's config; of a
+    local folder only the name is kept.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        targets: Sequence[Target],
+        checkpoint: Checkpoint | None,
+        model_id: str | None,
+        revision: str | None,
+    ) -> None:
+        config: Any = getattr(model, "config", None)
+        self.model_id = _model_id(model_id or getattr(model, "name_or_path", None))
+        self.revision = revision or getattr(config, "_commit_hash", None)
+        live_weights = sum(p.numel() for p in model.parameters())
+        self.total_weights = checkpoint.total_weights if checkpoint else live_weights
+        self._samples = {t.name: _sample(t) for t in targets}
+
+    def of(self, base_values: Mapping[str, Array]) -> BaseIdentity:
+        """The identity of tensors whose base values at their own indices are given."""
+        prints = {n: fingerprint(self._samples[n], v) for n, v in base_values.items()}
+        return BaseIdentity(
+            model_id=self.model_id,
+            revision=self.revision,
+            total_weights=self.total_weights,
+            tensors=prints,
+        )
+
+    def check(self, delta: SparseDelta) -> None:
+        """Raise BaseMismatchError when a delta was made for another base than this model."""
+        recorded = delta.base.tensors if delta.base else {}
+        for name, known in recorded.items():
+            if name in self._samples:
+                found = fingerprint(self._samples[name], None).sample
+                if found != known.sample:
+                    raise BaseMismatchError(
+                        f"tensor {name!r}: the delta belongs to another base (digest of sampled "
+                        f"values {known.sample}, this model has {found})"
+                    )
+
+
+def _model_id(name: str | None) -> str | None:
+    return Path(name).resolve().name if name and Path(name).exists() else name or None
+
+
+def _sample(target: Target) -> Array:
+    positions = sample_positions(target.name, tuple(target.parameter.shape))
+    return to_numpy(target.flat[torch.from_numpy(positions).to(target.flat.device)])

@@ -1,0 +1,129 @@
+"""AdamW on compact entries, with each entry's own age, and on extras."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
+
+import torch
+
+from deltakit.errors import ConfigError
+from deltakit.training.engine import Engine
+
+Age = Literal["entry", "shared"]
+
+
+class SparseAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019) on the entries and extras of an engine.
+
+    Group 0 holds the entries' compact values, group 1 the extras, so that learning-rate
+    schedulers drive both. Bias correction counts per entry from its unmasking (`age="entry"`,
+    as in SpIEL, Ansell et al. 2024); `age="shared"` counts all steps, as the ID3 toolkit does.
+    Weight decay is decoupled and acts on the delta, so it pulls towards the base; it does not
+    act on extras. Extras of a 16-bit dtype are trained in float32 and rounded into the model.
+
+    `step` first selects and clips (`Engine.finish_gradients`), then updates, then writes through.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        lr: float,
+        extras_lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        age: Age = "entry",
+    ) -> None:
+        if age not in ("entry", "shared"):
+            raise ConfigError(f"age must be entry or shared, found {age!r}")
+        if lr < 0 or extras_lr < 0 or weight_decay < 0:
+            raise ConfigError("learning rates and weight decay must not be negative")
+        self.engine = engine
+        groups: list[dict[str, Any]] = [
+            {"params": [engine.entries.values], "lr": lr, "weight_decay": weight_decay}
+        ]
+        if engine.extras:
+            masters = [extra.master for extra in engine.extras]
+            groups.append({"params": masters, "lr": extras_lr, "weight_decay": 0.0})
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "age": age})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One training step; `closure` recomputes loss and gradients first, as in torch."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        engine, entries = self.engine, self.engine.entries
+        engine.finish_gradients()
+        active = slice(0, entries.count)
+        group = self.param_groups[0]
+        ages: torch.Tensor | int = engine.step + 1
+        if group["age"] == "entry":
+            ages = ages - entries.order[active].long()
+        state = self._moments(entries.values)
+        _adamw(entries.values, entries.gradient, state, ages, group, active)
+        for extra in engine.extras:
+            if extra.gradient is not None:
+                state = self._moments(extra.master)
+                extra.updates += 1
+                group = self.param_groups[1]
+                _adamw(extra.master, extra.gradient, state, extra.updates, group, slice(None))
+        engine.finish_step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of entries and extras."""
+        self.engine.clear_gradients()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's state plus the support, values and progress: all that resuming needs."""
+        return {**super().state_dict(), "sparse": self.engine.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state of `state_dict` and write it through to the live model."""
+        rest = dict(state_dict)
+        self.engine.load_state_dict(rest.pop("sparse"))
+        super().load_state_dict(rest)
+
+    def _moments(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = self.state[parameter]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
+def _adamw(
+    values: torch.Tensor,
+    gradient: torch.Tensor,
+    state: dict[str, torch.Tensor],
+    age: torch.Tensor | int,
+    group: dict[str, Any],
+    active: slice,
+) -> None:
+    """Kingma and Ba 2015, algorithm 1, with `age` in place of t: one count, or int64 [n]."""
+    beta1, beta2 = group["betas"]
+    value, grad = values.data[active], gradient[active]
+    mean, square = state["exp_avg"][active], state["exp_avg_sq"][active]
+    mean.lerp_(grad, 1 - beta1)
+    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    bias1, bias2 = _bias(beta1, age, value), _bias(beta2, age, value)
+    if group["weight_decay"]:
+        value.mul_(1 - group["lr"] * group["weight_decay"])
+    scale = (square / bias2).sqrt_().add_(group["eps"])
+    value.sub_((mean / bias1).div_(scale).mul_(group["lr"]))
+
+
+def _bias(beta: float, age: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor | float:
+    if isinstance(age, int):
+        return float(1 - beta**age)
+    longest = int(age.max()) if len(age) else 0
+    table: Sequence[float] = [1 - beta**n for n in range(longest + 1)]
+    return torch.tensor(table, dtype=like.dtype, device=like.device)[age]

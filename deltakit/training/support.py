@@ -1,0 +1,84 @@
+"""Where a run's support comes from before its first step: earlier deltas and the method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from deltakit.delta import SparseDelta, TensorDelta
+from deltakit.errors import ConfigError, CoordinateError, nearest
+from deltakit.selection.methods import Method
+from deltakit.selection.unmask import Unmasking
+from deltakit.training.arrays import to_torch
+from deltakit.training.engine import Extra
+from deltakit.training.entries import Entries, Target
+
+
+def keep_clear(targets: Sequence[Target], avoid: Sequence[SparseDelta]) -> None:
+    """Forbid the supports of other deltas; tensors that are no targets cannot collide."""
+    for target in targets:
+        supports = []
+        for delta in avoid:
+            if target.name in delta.tensors:
+                tensor = delta.tensors[target.name]
+                _check_shape(target, tensor)
+                supports.append(tensor.indices)
+        if supports:
+            together = np.unique(np.concatenate(supports))
+            target.forbidden = torch.from_numpy(together).to(target.parameter.device)
+
+
+def continue_from(delta: SparseDelta, entries: Entries, extras: Sequence[Extra]) -> None:
+    """Take an earlier delta's entries into training, with its values, and its extras.
+
+    Raises CoordinateError for tensors that are no targets of this run and ConfigError for `set`
+    deltas, forbidden entries and a budget that is smaller than the delta.
+    """
+    targets = {t.name: t for t in entries.targets}
+    if delta.nnz > len(entries.values):
+        raise ConfigError(
+            f"the delta to continue from holds {delta.nnz} entries, more than the budget "
+            f"{len(entries.values)}; truncate it or raise the budget"
+        )
+    for name, tensor in delta.tensors.items():
+        if name not in targets:
+            raise CoordinateError(
+                f"the delta to continue from changes {name!r}, which is no target of this run"
+                f"{nearest(name, list(targets))}"
+            )
+        _check_shape(targets[name], tensor)
+        if tensor.mode != "add":
+            raise ConfigError(f"tensor {name!r} is in set mode; continue from add deltas only")
+        if np.isin(tensor.indices, targets[name].forbidden.cpu().numpy()).any():
+            raise ConfigError(f"tensor {name!r}: entries to continue from are also to be avoided")
+        indices, values = torch.from_numpy(tensor.indices), torch.from_numpy(tensor.values)
+        entries.add(targets[name], indices, 0, values=values)
+    entries.remember_initial([t.order for t in delta.tensors.values()])
+    kept = {e.name: e for e in extras}
+    for name, array in delta.extras.items():
+        if name in kept:
+            with torch.no_grad():
+                kept[name].master.copy_(to_torch(array))
+            kept[name].write_through()
+
+
+def make_selector(
+    method: Method, entries: Entries, total_steps: int | None, marks: Sequence[int]
+) -> Unmasking | None:
+    """Start the method: enter its fixed support, and return its selector."""
+    start = method.start(entries.targets, taken=entries.count, total_steps=total_steps, marks=marks)
+    for chosen in start.support:
+        target = entries.targets[chosen.number]
+        target.seed = None if len(target.indices) else chosen.seed
+        entries.add(target, torch.from_numpy(chosen.indices), 0)
+    return start.selector
+
+
+def _check_shape(target: Target, tensor: TensorDelta) -> None:
+    if tuple(target.parameter.shape) != tensor.shape:
+        raise CoordinateError(
+            f"tensor {tensor.name!r}: the delta has shape {list(tensor.shape)}, the model "
+            f"{list(target.parameter.shape)}"
+        )

@@ -1,0 +1,45 @@
+"""Which of a model's tensors may hold entries, and which are trained densely."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from deltakit.errors import ConfigError
+from deltakit.training.coordinates import matching
+from deltakit.training.entries import Target
+
+_TRAINABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def choose_targets(
+    model: torch.nn.Module,
+    names: Mapping[str, str | None],
+    target: str | Iterable[str] | None,
+    exclude: str | Iterable[str],
+    extras: str | Iterable[str],
+) -> tuple[list[Target], list[str]]:
+    """Targets in tensor order, and the live names of extras in the model's order.
+
+    names: live name -> name in the checkpoint, None for what the base lacks, which always is an
+    extra. Raises ConfigError for patterns that match nothing and when no target is left.
+    """
+    live = dict(model.named_parameters())
+    dense = {n for n, stored in names.items() if stored is None}
+    dense |= matching(extras, names, "extras pattern")
+    wanted = matching(target, names, "target pattern") - dense
+    wanted -= matching(exclude, names, "exclude pattern")
+    wanted = {n for n in wanted if live[n].dtype in _TRAINABLE and live[n].numel()}
+    if not wanted:
+        raise ConfigError("no tensor is left to train: target, exclude and extras rule all out")
+    stored_names = {n: names[n] or n for n in wanted}
+    ordered = sorted(wanted, key=lambda n: stored_names[n].encode())
+    targets = []
+    for number, name in enumerate(ordered):
+        if not live[name].data.is_contiguous():
+            raise ConfigError(
+                f"parameter {name!r} is not contiguous and cannot be trained sparsely"
+            )
+        targets.append(Target(number, stored_names[name], name, live[name]))
+    return targets, [n for n in names if n in dense]

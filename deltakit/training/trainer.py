@@ -1,0 +1,166 @@
+"""`SparseTrainer`: the sparse engine inside `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from deltakit.delta import SparseDelta
+from deltakit.errors import ConfigError, MissingFileError, TrainingError
+from deltakit.formats.sdelta import save
+from deltakit.selection.methods import Method
+from deltakit.training.callbacks import BudgetCheckpoints, StopOnSignal
+from deltakit.training.tuner import SparseTuner
+
+_PASSED = (
+    *("age", "base", "init_delta", "avoid"),
+    *("model_id", "revision", "config", "provenance"),
+)
+STATE_FILE = "optimizer.pt"  # the Trainer's own name; it holds the support and values too
+
+
+class SparseTrainer(Trainer):
+    """`transformers.Trainer` that trains `method.budget` entries and saves deltas, not models.
+
+    Everything of the Trainer works as documented there: accumulation, bfloat16 autocast,
+    schedulers, logging, evaluation, early stopping, checkpoints and resuming, which gives the
+    same bits as never having stopped. `args.learning_rate`, `weight_decay`, `adam_*` and
+    `max_grad_norm` are those of the entries; clipping sees chosen entries and extras only.
+
+    method, target, exclude, extras, extras_lr, age, base, init_delta, avoid, model_id, revision,
+    config, provenance: see `SparseTuner`. checkpoint_budgets: when unmasking reaches such a mark,
+    `budget-N.sdelta` is written to `args.output_dir` and evaluated (`budget_results`).
+
+    SIGINT and SIGTERM end training after the current step with a checkpoint: `interrupted` is
+    then the signal's number and `interrupted_checkpoint` the folder to resume from.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        *,
+        method: Method,
+        target: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] = (),
+        extras: str | Iterable[str] = (),
+        extras_lr: float | None = None,
+        checkpoint_budgets: Sequence[int] = (),
+        **kwargs: Any,
+    ) -> None:
+        _refuse_unsupported(args)
+        self._tuner_options: dict[str, Any] = {n: kwargs.pop(n) for n in _PASSED if n in kwargs}
+        self._tuner_options |= {"target": target, "exclude": exclude, "extras": extras}
+        self._tuner_options["extras_lr"] = extras_lr
+        self.method = method
+        self.checkpoint_budgets = sorted(set(checkpoint_budgets))
+        self._tuner: SparseTuner | None = None
+        self.interrupted: int | None = None
+        self.interrupted_checkpoint: Path | None = None
+        super().__init__(model=model, args=args, **kwargs)
+        self.add_callback(BudgetCheckpoints(self))
+        self.add_callback(StopOnSignal(self))
+
+    @property
+    def tuner(self) -> SparseTuner:
+        """The tuner of the run; TrainingError before `train` has started."""
+        if self._tuner is None:
+            raise TrainingError("training has not started, so there are no entries yet")
+        return self._tuner
+
+    @property
+    def budget_results(self) -> list[dict[str, Any]]:
+        """One row per budget checkpoint reached: budget, step, metrics, path of the delta."""
+        rows = []
+        for entry in self.state.log_history:
+            if "budget_entries" in entry:
+                metrics = {k.removeprefix("budget_"): v for k, v in entry.items()}
+                budget = int(metrics.pop("entries"))
+                step, _ = metrics.pop("step"), metrics.pop("epoch", None)
+                path = str(self.budget_path(budget))
+                rows.append({"budget": budget, "step": step, "metrics": metrics, "path": path})
+        return rows
+
+    def budget_path(self, budget: int) -> Path:
+        """Where the delta of a budget checkpoint is written."""
+        assert self.args.output_dir is not None
+        return Path(self.args.output_dir) / f"budget-{budget}.sdelta"
+
+    def delta(self) -> SparseDelta:
+        """The entries trained so far, as a delta; TrainingError before `train`."""
+        return self.tuner.delta()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train`; on SIGINT or SIGTERM stop after the step, saved."""
+        self.interrupted = self.interrupted_checkpoint = None
+        stopper = next(c for c in self.callback_handler.callbacks if isinstance(c, StopOnSignal))
+        with stopper.listening((signal.SIGINT, signal.SIGTERM)):
+            return super().train(*args, **kwargs)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The tuner's optimizer, made when the number of training steps is known."""
+        if self._tuner is None:
+            args = self.args
+            self._tuner = SparseTuner(
+                self.accelerator.unwrap_model(self.model if model is None else model),
+                self.method,
+                lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                betas=(args.adam_beta1, args.adam_beta2),
+                adam_eps=args.adam_epsilon,
+                max_grad_norm=args.max_grad_norm or None,
+                accumulation_steps=args.gradient_accumulation_steps,
+                total_steps=self.state.max_steps,
+                budget_checkpoints=self.checkpoint_budgets,
+                **self._tuner_options,
+            )
+            self.optimizer = self._tuner.optimizer
+        assert self.optimizer is not None
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> float:
+        return self.tuner.engine.finish_gradients()
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: float | None = None) -> float:
+        return self.tuner.engine.finish_gradients()
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None
+    ) -> None:
+        folder = Path(output_dir or os.fspath(self.args.output_dir or "."))
+        folder.mkdir(parents=True, exist_ok=True)
+        save(self.delta(), folder / "delta.sdelta")
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        if not (Path(resume_from_checkpoint) / STATE_FILE).is_file():
+            raise MissingFileError(
+                f"{resume_from_checkpoint} holds no {STATE_FILE}, so training cannot resume there; "
+                "name a checkpoint-N folder that SparseTrainer wrote"
+            )
+
+    def _load_best_model(self) -> None:
+        if self.interrupted is None and self.state.best_model_checkpoint is not None:
+            path = Path(self.state.best_model_checkpoint) / STATE_FILE
+            self.tuner.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _refuse_unsupported(args: TrainingArguments) -> None:
+    if args.fp16:
+        raise ConfigError("float16 loss scaling is not supported; use bf16=True or float32")
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise ConfigError(
+            f"training on several devices is not supported yet ({args.world_size} processes, "
+            f"{args.n_gpu} devices); set CUDA_VISIBLE_DEVICES to one device"
+        )
+    if args.deepspeed or args.fsdp:
+        raise ConfigError("DeepSpeed and FSDP are not supported yet; train on one device")
+    if args.save_only_model:
+        raise ConfigError("save_only_model=True leaves nothing to resume from; leave it off")

@@ -1,0 +1,190 @@
+"""`SparseTuner`: train an exactly budgeted set of a model's weights in any training loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from deltakit.delta import SparseDelta, TensorDelta
+from deltakit.dtypes import Array
+from deltakit.errors import ConfigError, TrainingError
+from deltakit.formats.checkpoint import Checkpoint
+from deltakit.selection.methods import Method
+from deltakit.training.arrays import dtype_name, to_numpy
+from deltakit.training.coordinates import checkpoint_names, config_changes, find_checkpoint
+from deltakit.training.engine import Engine, make_extra
+from deltakit.training.entries import Entries, Target
+from deltakit.training.live_identity import LiveIdentity
+from deltakit.training.optimizer import Age, SparseAdamW
+from deltakit.training.support import continue_from, keep_clear, make_selector
+from deltakit.training.targets import choose_targets
+
+
+class SparseTuner:
+    """Trains `method.budget` entries of a model, exactly, and hands them out as a delta.
+
+    Any loop: `loss.backward(); tuner.step()`; `step` selects, updates, writes through and clears
+    gradients. Live weights always are round(base + delta), so the model is always merged.
+
+    method: `dk.ID3(...)`, `dk.RandomMask(...)`. lr, weight_decay, betas, adam_eps, age: of
+    `SparseAdamW`; extras_lr: the extras' own rate (lr by default).
+    target, exclude: patterns (see `training.coordinates.matching`) for tensors that may be
+    trained; all floating-point tensors by default. extras: patterns for tensors trained densely,
+    outside the budget; tensors that the base lacks always are extras.
+    accumulation_steps: backward passes per step. max_grad_norm: clips the gradients of chosen
+    entries and extras. total_steps: optimizer steps of the whole run, where the method needs it.
+    budget_checkpoints: counts of entries at which unmasking pauses for one step.
+    base: the checkpoint (path or `Checkpoint`) the model was loaded from; found through the model
+    by default; without one, live names and dtypes are the coordinates. init_delta: a delta to
+    continue from, its entries counted in the budget. avoid: deltas whose support stays untouched.
+    model_id, revision, config, provenance: recorded in the delta.
+
+    Raises ConfigError, BudgetError, CoordinateError or BaseMismatchError before anything changes.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        method: Method,
+        *,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        target: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] = (),
+        extras: str | Iterable[str] = (),
+        extras_lr: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
+        age: Age = "entry",
+        max_grad_norm: float | None = None,
+        accumulation_steps: int = 1,
+        total_steps: int | None = None,
+        budget_checkpoints: Sequence[int] = (),
+        base: str | os.PathLike[str] | Checkpoint | None = None,
+        init_delta: SparseDelta | None = None,
+        avoid: Sequence[SparseDelta] = (),
+        model_id: str | None = None,
+        revision: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        _refuse_several_processes()
+        if accumulation_steps < 1:
+            raise ConfigError(f"accumulation_steps must be at least 1, found {accumulation_steps}")
+        self.model, self.method = model, method
+        self.checkpoint = _open(base) or find_checkpoint(model)
+        names = checkpoint_names(model, self.checkpoint)
+        targets, extra_names = choose_targets(model, names, target, exclude, extras)
+        self._requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
+        self._identity = LiveIdentity(model, targets, self.checkpoint, model_id, revision)
+        keep_clear(targets, avoid)
+        entries = Entries(targets, method.budget)
+        live = dict(model.named_parameters())
+        kept = [make_extra(names[n] or n, live[n]) for n in extra_names]
+        if init_delta is not None:
+            self._identity.check(init_delta)
+            continue_from(init_delta, entries, kept)
+        selector = make_selector(method, entries, total_steps, budget_checkpoints)
+        for name, parameter in live.items():
+            parameter.requires_grad_(name in set(extra_names))
+        self.engine = Engine(
+            entries,
+            kept,
+            selector,
+            accumulation_steps=accumulation_steps,
+            max_grad_norm=max_grad_norm,
+        )
+        entries.write_through()
+        self.optimizer = SparseAdamW(
+            self.engine,
+            lr=lr,
+            extras_lr=lr if extras_lr is None else extras_lr,
+            betas=betas,
+            eps=adam_eps,
+            weight_decay=weight_decay,
+            age=age,
+        )
+        changes = config_changes(model, self.checkpoint) if self.engine.extras else {}
+        self._config = changes if config is None else dict(config)
+        self._provenance = dict(provenance or {})
+
+    @property
+    def unmasked(self) -> int:
+        """Entries in training so far."""
+        return self.engine.entries.count
+
+    @property
+    def budget(self) -> int:
+        """Entries that will be in training once selection is over."""
+        return self.method.budget
+
+    def step(self) -> None:
+        """Select, update, write through, clear gradients: all of one optimizer step."""
+        self.optimizer.step()
+
+    def delta(self) -> SparseDelta:
+        """The entries trained so far, as a delta in checkpoint coordinates.
+
+        Merged into the base it gives the live model's bits.
+        """
+        trained = [t for t in self.engine.entries.targets if len(t.indices)]
+        order = self.engine.entries.recorded_order() if self.engine.selector else None
+        tensors = {t.name: self._tensor(t, order) for t in trained}
+        base = self._identity.of({t.name: self._base_values(t) for t in trained})
+        extras = {e.name: to_numpy(e.parameter) for e in self.engine.extras}
+        return SparseDelta(
+            tensors=tensors,
+            extras=extras,
+            base=base,
+            config=self._config,
+            provenance={**self._provenance, "budget": self.budget, "reached": self.unmasked},
+        )
+
+    def _tensor(self, target: Target, order: Array | None) -> TensorDelta:
+        trained = dtype_name(target.parameter)
+        on_disk = self.checkpoint.tensors[target.name].dtype if self.checkpoint else trained
+        sort = torch.argsort(target.indices)
+        slots = target.slots[sort].cpu()
+        return TensorDelta(
+            name=target.name,
+            shape=tuple(target.parameter.shape),
+            dtype=on_disk,
+            mode="add",
+            indices=target.indices[sort].cpu().numpy(),
+            values=self.engine.entries.values.detach().cpu()[slots].numpy(),
+            order=None if order is None else order[slots.numpy()],
+            trained_dtype=trained,
+            seed=target.seed,
+        )
+
+    def _base_values(self, target: Target) -> Array:
+        slots = target.slots[torch.argsort(target.indices)]
+        return to_numpy(self.engine.entries.base[slots].to(target.parameter.dtype))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to resume on a freshly loaded base, bit for bit."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from `state_dict`; the live model takes the state's weights."""
+        self.optimizer.load_state_dict(state)
+
+    def close(self) -> None:
+        """Let go of the model: hooks off, `requires_grad` as before, trained weights kept."""
+        self.engine.close()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._requires_grad[name])
+            parameter.grad = None
+
+
+def _open(base: str | os.PathLike[str] | Checkpoint | None) -> Checkpoint | None:
+    return base if base is None or isinstance(base, Checkpoint) else Checkpoint(base)
+
+
+def _refuse_several_processes() -> None:
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+        raise TrainingError("training on several processes is not supported yet")
