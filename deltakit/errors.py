@@ -65,6 +65,10 @@ class OutputExistsError(DeltakitError, FileExistsError):
     """An output path exists and would be overwritten."""
 
 
+class OutputError(DeltakitError, OSError):
+    """An output cannot be written: the disk is full, the folder is read-only."""
+
+
 def nearest(name: str, known: Sequence[str], count: int = 3) -> str:
     """`"; nearest: a, b"` for an unknown name, or `""` when nothing is near."""
     from difflib import get_close_matches

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from deltakit.errors import MissingFileError, OutputExistsError
+from deltakit.errors import DeltakitError, MissingFileError, OutputError, OutputExistsError
 
 
 @contextmanager
@@ -16,26 +16,41 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success fsync it and move it onto `path`.
 
     On any exception, KeyboardInterrupt included, the temporary file is removed and `path` is left
-    as it was. Raises MissingFileError when the folder does not exist.
+    as it was. Raises MissingFileError when the folder does not exist and OutputError when the
+    system refuses to write.
     """
     target = Path(path)
     if not target.parent.is_dir():
         raise MissingFileError(f"cannot write {target}: folder {target.parent} does not exist")
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    with describing(target):
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; outputs are ordinary
+            yield temporary
+            sync(temporary)
+            temporary.replace(target)
+            sync(target.parent)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+            raise
+
+
+@contextmanager
+def describing(target: Path) -> Iterator[None]:
+    """Turn what the system says against writing `target` into an OutputError of one line."""
     try:
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; outputs are ordinary files
-        yield temporary
-        sync(temporary)
-        temporary.replace(target)
-        sync(target.parent)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
+        yield
+    except OSError as error:
+        if isinstance(error, DeltakitError):
+            raise
+        raise OutputError(
+            f"cannot write {target}: {error.strerror or error}; nothing was left behind"
+        ) from error
 
 
 def sync(path: Path) -> None:
