@@ -1,0 +1,137 @@
+"""What the commands share: options, types of values, notes, progress and tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from deltakit.budget import parse_budget
+from deltakit.errors import BudgetError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PATH = click.Path(path_type=Path)
+
+
+class Budget(click.ParamType):
+    """`100k`, `2.5m`, `5000` become an int; a share such as `0.1%` stays text, for the library."""
+
+    name = "budget"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        """Refuse what is no budget as wrong usage."""
+        try:
+            count = parse_budget(value, total=100)
+        except BudgetError as error:
+            self.fail(str(error), param, ctx)
+        return str(value).strip() if str(value).strip().endswith("%") else count
+
+
+class Listed(click.ParamType):
+    """A comma-separated list of another type: `25k,50k` or `0.5,0.5`."""
+
+    def __init__(self, item: click.ParamType) -> None:
+        self.item = item
+        self.name = f"{item.name},..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        """Convert each item; an empty one is wrong usage."""
+        items = value.split(",") if isinstance(value, str) else value
+        return tuple(self.item.convert(item, param, ctx) for item in items)
+
+
+BUDGET = Budget()
+BUDGETS = Listed(BUDGET)
+NUMBERS = Listed(click.FLOAT)
+
+
+def _set_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.find_root().meta["deltakit.quiet"] = True
+
+
+quiet_option = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_quiet,
+    help="No notes and no progress on stderr.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
+mismatch_option = click.option(
+    "--allow-base-mismatch",
+    is_flag=True,
+    help="Use the base although it is not the delta's own; recorded in the output.",
+)
+
+
+def output_option(what: str, required: bool = False) -> Callable[[F], F]:
+    """`-o/--output`, with `what` telling what is written and the name that it gets by default."""
+    return click.option("-o", "--output", type=PATH, required=required, help=what)
+
+
+def is_quiet() -> bool:
+    """Whether -q was given, before or after the name of the command."""
+    ctx = click.get_current_context(silent=True)
+    return ctx is not None and bool(ctx.find_root().meta.get("deltakit.quiet"))
+
+
+def note(text: str) -> None:
+    """One line for the reader on stderr, unless -q was given."""
+    if not is_quiet():
+        click.echo(text, err=True)
+
+
+def print_json(data: Any) -> None:
+    """Print strict JSON on stdout: numbers that JSON lacks (NaN, infinities) become null."""
+    click.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return str(data) if isinstance(data, Path) else data
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows of text as aligned columns, the first row being the heading; `right`: numeric columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            c.rjust(w) if i in right else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on stderr as a callback (done, total); None without a terminal or with -q."""
+    if is_quiet() or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
