@@ -6,7 +6,9 @@ nothing: `import deltakit` does not import torch, and neither do the torch-free 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -17,13 +19,27 @@ if TYPE_CHECKING:
     from deltakit.delta import SparseDelta as SparseDelta
     from deltakit.delta import TensorDelta as TensorDelta
     from deltakit.errors import DeltakitError as DeltakitError
+    from deltakit.live import applied as applied
+    from deltakit.live import apply as apply
+    from deltakit.selection import ID3 as ID3
+    from deltakit.selection import RandomMask as RandomMask
+    from deltakit.training.trainer import SparseTrainer as SparseTrainer
+    from deltakit.training.tuner import SparseTuner as SparseTuner
+    from deltakit.truncate import truncate as truncate
 
 _EXPORTS = {
     "BaseIdentity": "deltakit.delta",
     "DeltakitError": "deltakit.errors",
     "Fingerprint": "deltakit.delta",
+    "ID3": "deltakit.selection",
+    "RandomMask": "deltakit.selection",
     "SparseDelta": "deltakit.delta",
+    "SparseTrainer": "deltakit.training.trainer",
+    "SparseTuner": "deltakit.training.tuner",
     "TensorDelta": "deltakit.delta",
+    "applied": "deltakit.live",
+    "apply": "deltakit.live",
+    "truncate": "deltakit.truncate",
 }
 
 __all__ = ["__version__"]
@@ -40,3 +56,19 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps `deltakit.merge` the function.
+
+    Some functions stand in a module of their own name, and importing a submodule binds its name on
+    the package; whoever imported `deltakit.merge` first would turn `dk.merge` into a module.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _EXPORTS.get(name) == value.__name__:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
