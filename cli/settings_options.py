@@ -13,21 +13,6 @@ from deltakit.training.settings import Setting, parse_setting
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class SettingType(click.ParamType):
-    """The value of a setting as the setting's own kind reads it; a mistake is wrong usage."""
-
-    def __init__(self, name: str, described: Setting) -> None:
-        self.setting, self.described = name, described
-        self.name = described.kind.metavar.lower()
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The checked value."""
-        try:
-            return parse_setting(self.setting, self.described, value)
-        except DeltakitError as error:
-            self.fail(str(error), param, ctx)
-
-
 def setting_options(settings: Iterable[tuple[str, Setting]]) -> Callable[[F], F]:
     """Decorator: one option per setting, None unless given.
 
@@ -41,7 +26,7 @@ def setting_options(settings: Iterable[tuple[str, Setting]]) -> Callable[[F], F]
             command = click.option(
                 f"--{name.replace('_', '-')}",
                 name,
-                type=SettingType(name, setting),
+                type=_reader(name, setting),
                 metavar=kind.metavar,
                 multiple=kind.many,
                 default=None,
@@ -61,6 +46,16 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
         elif value is not None and value != ():
             flags[name] = value
     return flags
+
+
+def _reader(name: str, setting: Setting) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        try:
+            return parse_setting(name, setting, value)
+        except DeltakitError as error:
+            raise click.BadParameter(str(error)) from None
+
+    return read
 
 
 def _help(setting: Setting) -> str:

@@ -1,0 +1,197 @@
+"""From settings to a `SparseTrainer`: the one place where their names meet the Trainer's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import transformers
+from transformers import PrinterCallback, TrainingArguments
+
+from deltakit import __version__
+from deltakit.delta import SparseDelta
+from deltakit.errors import ConfigError
+from deltakit.formats.checkpoint import Checkpoint
+from deltakit.formats.sdelta import load
+from deltakit.selection.methods import METHODS
+from deltakit.training.collate import Collator, Examples
+from deltakit.training.config import TrainConfig
+from deltakit.training.coordinates import checkpoint_names, matching
+from deltakit.training.folder import RunFolder
+from deltakit.training.metrics import greater_is_better
+from deltakit.training.prepare import Prepared
+from deltakit.training.presets import PRESETS
+from deltakit.training.pretrained import load_model
+from deltakit.training.trainer import SparseTrainer
+from deltakit.training.watch import BestDelta, LogFile, Progress
+
+# Settings that a delta remembers, so that its making can be told and repeated.
+_REMEMBERED = [
+    "task",
+    "method",
+    "preset",
+    "eps",
+    "exp",
+    "schedule",
+    "allocation",
+    "unmask_fraction",
+    "age",
+    "lr",
+    "head_lr",
+    "weight_decay",
+    "warmup",
+    "scheduler",
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "gradient_accumulation",
+    "max_length",
+    "seed",
+    "model",
+    "data",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Deltas:
+    """The deltas that a run starts from and keeps clear of, read before the model."""
+
+    init: SparseDelta | None
+    avoid: list[SparseDelta]
+
+    @classmethod
+    def read(cls, config: TrainConfig) -> Deltas:
+        """Read and check the files that the settings name."""
+        init = None if config.init_delta is None else load(config.init_delta)
+        return cls(init, [load(path) for path in config.avoid])
+
+
+def build_trainer(
+    config: TrainConfig,
+    prepared: Prepared,
+    deltas: Deltas,
+    base: Checkpoint,
+    folder: RunFolder,
+    *,
+    quiet: bool,
+) -> SparseTrainer:
+    """The model with its trainer, ready to train or to resume.
+
+    torch's global generator is seeded first, because a new head is drawn from it.
+    """
+    budget, marks = config.budgets(base.total_weights)
+    transformers.set_seed(config.seed)
+    model = load_model(prepared.located, prepared.config, prepared.problem, config.dtype)
+    validation = prepared.examples.get("validation")
+    trainer = SparseTrainer(
+        model,
+        arguments(config, folder),
+        method=_method(config, budget),
+        target=config.target or None,
+        exclude=_exclusions(config, model, base),
+        extras=config.extras,
+        extras_lr=config.head_lr,
+        checkpoint_budgets=[mark for mark in marks if mark < budget],
+        age=config.age,
+        base=base,
+        init_delta=deltas.init,
+        avoid=deltas.avoid,
+        model_id=prepared.located.model_id,
+        revision=prepared.located.revision,
+        config=_config_changes(prepared.changes, model),
+        provenance=_provenance(config),
+        train_dataset=Examples(prepared.examples["train"]),
+        eval_dataset=None if _never(config) or validation is None else Examples(validation),
+        data_collator=Collator.of(model, prepared.tokenizer),
+        compute_metrics=lambda p: prepared.problem.metrics(p.predictions, p.label_ids),
+        preprocess_logits_for_metrics=lambda logits, labels: prepared.problem.reduce(
+            logits[0] if isinstance(logits, tuple) else logits, labels
+        ),
+    )
+    _watch(trainer, config, prepared.metric, folder, quiet=quiet)
+    return trainer
+
+
+def arguments(config: TrainConfig, folder: RunFolder) -> TrainingArguments:
+    """The Trainer's own settings."""
+    periodic = config.eval_strategy if config.eval_strategy in ("epoch", "steps") else "no"
+    return TrainingArguments(
+        output_dir=str(folder.path),
+        learning_rate=config.lr,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup,
+        lr_scheduler_type=config.scheduler,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        bf16=config.mixed_precision == "bf16",
+        max_grad_norm=config.gradient_clipping or 0.0,
+        eval_strategy=periodic,
+        eval_steps=config.eval_steps,
+        save_strategy="no" if config.save_steps is None else "steps",
+        save_steps=config.save_steps or 500,
+        save_total_limit=2,
+        logging_steps=config.logging_steps,
+        seed=config.seed,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _method(config: TrainConfig, budget: int) -> Any:
+    method = METHODS[config.method]
+    given = {name: getattr(config, name, None) for name in (f.name for f in fields(method))}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return method(**{**chosen, "budget": budget})
+
+
+def _exclusions(config: TrainConfig, model: Any, base: Checkpoint) -> list[str]:
+    preset = PRESETS.get(config.preset or "", {})
+    if list(config.exclude) != preset.get("exclude"):
+        return list(config.exclude)
+    # A preset's patterns are written for every architecture; this one has only some of the names.
+    names = checkpoint_names(model, base)
+    return [pattern for pattern in config.exclude if _occurs(pattern, names)]
+
+
+def _occurs(pattern: str, names: Mapping[str, str | None]) -> bool:
+    try:
+        return bool(matching(pattern, names, "exclude pattern"))
+    except ConfigError:
+        return False
+
+
+def _config_changes(changes: Mapping[str, Any], model: Any) -> dict[str, Any] | None:
+    return {**changes, "architectures": [type(model).__name__]} if changes else None
+
+
+def _provenance(config: TrainConfig) -> dict[str, Any]:
+    settings = config.as_dict()
+    return {"tool": f"deltakit {__version__}", **{name: settings[name] for name in _REMEMBERED}}
+
+
+def _never(config: TrainConfig) -> bool:
+    return config.eval_strategy == "no"
+
+
+def _watch(
+    trainer: SparseTrainer, config: TrainConfig, metric: str, folder: RunFolder, *, quiet: bool
+) -> None:
+    trainer.remove_callback(PrinterCallback)  # prints to stdout, which is for results
+    best = BestDelta(
+        trainer,
+        metric,
+        folder.best,
+        greater=greater_is_better(metric),
+        patience=config.early_stopping_patience,
+    )
+    trainer.add_callback(best)
+    trainer.add_callback(LogFile(folder.log))
+    if not quiet:
+        trainer.add_callback(Progress(trainer))

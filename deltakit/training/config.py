@@ -1,0 +1,222 @@
+"""The settings of a training run: every one declared, documented and checked here, once.
+
+Flags, help, the saved config.yaml and the checks are all made from these declarations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, fields
+from typing import Any
+
+from deltakit.budget import parse_budget
+from deltakit.errors import ConfigError, nearest
+from deltakit.selection.allocation import ALLOCATIONS
+from deltakit.selection.methods import METHODS
+from deltakit.selection.schedules import SCHEDULES
+from deltakit.training.presets import PRESETS
+from deltakit.training.settings import (
+    Setting,
+    choice,
+    entry_count,
+    learning_rate,
+    many,
+    parse_setting,
+    real,
+    setting,
+    text,
+    whole,
+)
+from deltakit.training.tasks import TASKS
+
+MODEL, DATA, METHOD = "Model", "Data and task", "Method"
+OPTIMIZATION, EVALUATION, RUN = "Optimization", "Evaluation", "Run"
+REQUIRED = ("model", "data", "task", "budget", "output_dir")
+
+
+def _one_of(*names: str) -> Any:
+    return choice(lambda: names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All settings of one run; each field's help is in its metadata (`describe`).
+
+    Raises ConfigError naming the setting, what was expected and what was found.
+    """
+
+    model: str = setting("", text("MODEL"), MODEL, "base model: a local folder or a Hub id")
+    revision: str | None = setting(None, text(), MODEL, "revision of a Hub model")
+    dtype: str = setting(
+        "auto",
+        _one_of("auto", "float32", "bfloat16", "float16", "float64"),
+        MODEL,
+        "dtype of the weights in training; auto keeps the checkpoint's, so that merging is exact",
+    )
+    init_delta: str | None = setting(None, text("DELTA"), MODEL, "delta to go on from")
+    avoid: tuple[str, ...] = setting(
+        (), many(text("DELTA")), MODEL, "delta whose entries are not to be touched"
+    )
+
+    data: str = setting("", text("DATA"), DATA, "data file, folder or `datasets` id")
+    data_name: str | None = setting(None, text(), DATA, "configuration of a `datasets` id")
+    task: str = setting("", choice(TASKS.names), DATA, "what is learnt")
+    train_split: str = setting("train", text(), DATA, "split to train on")
+    validation_split: str = setting("validation", text(), DATA, "split to evaluate on")
+    validation_fraction: float = setting(
+        0.1, real(0, 0.9), DATA, "share held out where the data has no validation split; 0: none"
+    )
+    text_column: str | None = setting(None, text(), DATA, "column of the text")
+    text_pair_column: str | None = setting(None, text(), DATA, "column of the second text")
+    label_column: str | None = setting(None, text(), DATA, "column of the label")
+    prompt_column: str | None = setting(None, text(), DATA, "column of the prompt")
+    completion_column: str | None = setting(None, text(), DATA, "column of the completion")
+    messages_column: str | None = setting(None, text(), DATA, "column of the chat messages")
+    problem_type: str | None = setting(
+        None,
+        _one_of("classification", "regression"),
+        DATA,
+        "whether labels are classes or numbers; told from the labels by default",
+    )
+    num_labels: int | None = setting(None, whole(2), DATA, "number of classes")
+    max_length: int = setting(512, whole(2), DATA, "tokens per example at most")
+
+    method: str = setting("id3", choice(METHODS.names), METHOD, "how entries are chosen")
+    preset: str | None = setting(
+        None, choice(lambda: [*PRESETS, "none"]), METHOD, "named settings; METHOD-default if unset"
+    )
+    budget: str | int = setting(
+        "", entry_count(), METHOD, "entries to train: 100k, or 0.1% of the base"
+    )
+    eps: float | None = setting(None, real(above=True), METHOD, "eps of the D3 score")
+    exp: float | None = setting(None, real(-100, 100), METHOD, "exponent of the D3 score")
+    schedule: str | None = setting(
+        None, choice(SCHEDULES.names), METHOD, "how unmasking spreads over the steps"
+    )
+    allocation: str | None = setting(
+        None, _one_of(*ALLOCATIONS), METHOD, "how the budget is shared among tensors"
+    )
+    unmask_fraction: float | None = setting(
+        None, real(0, 1, above=True), METHOD, "share of all steps that unmask entries"
+    )
+    target: tuple[str, ...] = setting(
+        (), many(text("PATTERN")), METHOD, "tensors to train; all if unset"
+    )
+    exclude: tuple[str, ...] = setting((), many(text("PATTERN")), METHOD, "tensors to leave alone")
+    extras: tuple[str, ...] = setting(
+        (), many(text("PATTERN")), METHOD, "tensors trained densely, beside those the base lacks"
+    )
+    age: str = setting(
+        "entry", _one_of("entry", "shared"), METHOD, "Adam's step count: per entry, or one for all"
+    )
+
+    lr: float = setting(1e-3, learning_rate(), OPTIMIZATION, "learning rate of the entries")
+    head_lr: float = setting(1e-3, real(above=True), OPTIMIZATION, "learning rate of the extras")
+    weight_decay: float = setting(0.0, real(), OPTIMIZATION, "decay of the delta towards the base")
+    warmup: float = setting(
+        0.0, real(), OPTIMIZATION, "warm-up steps; a share of all steps if below 1"
+    )
+    scheduler: str = setting(
+        "linear",
+        _one_of("linear", "cosine", "constant", "constant_with_warmup"),
+        OPTIMIZATION,
+        "how the learning rate falls",
+    )
+    epochs: float = setting(3.0, real(above=True), OPTIMIZATION, "passes over the training data")
+    max_steps: int | None = setting(
+        None, whole(1), OPTIMIZATION, "optimizer steps, instead of epochs"
+    )
+    batch_size: int = setting(16, whole(1), OPTIMIZATION, "examples per forward pass")
+    gradient_accumulation: int = setting(
+        1, whole(1), OPTIMIZATION, "forward passes per optimizer step"
+    )
+    mixed_precision: str = setting(
+        "no", _one_of("no", "bf16"), OPTIMIZATION, "compute in bfloat16 where it is safe"
+    )
+    gradient_clipping: float | None = setting(
+        None, real(above=True), OPTIMIZATION, "largest gradient norm of entries and extras"
+    )
+    seed: int = setting(0, whole(0), OPTIMIZATION, "seed of the data order, new heads and masks")
+
+    checkpoint_budgets: tuple[str | int, ...] = setting(
+        (),
+        many(entry_count(), ","),
+        EVALUATION,
+        "budgets at which a delta is written and evaluated",
+    )
+    eval_strategy: str = setting(
+        "epoch",
+        _one_of("epoch", "steps", "budget", "no"),
+        EVALUATION,
+        "when to evaluate beside the end; budget: at the marks only",
+    )
+    eval_steps: int | None = setting(None, whole(1), EVALUATION, "steps between evaluations")
+    eval_batch_size: int = setting(32, whole(1), EVALUATION, "examples per evaluation pass")
+    metric: str | None = setting(
+        None, text("NAME"), EVALUATION, "metric that names the best delta; the task's by default"
+    )
+    early_stopping_patience: int | None = setting(
+        None, whole(1), EVALUATION, "evaluations without a better metric before training stops"
+    )
+
+    output_dir: str = setting("", text("RUN"), RUN, "folder for everything the run writes")
+    save_steps: int | None = setting(None, whole(1), RUN, "steps between saves for --resume")
+    logging_steps: int = setting(10, whole(1), RUN, "steps between lines of the log")
+    threads: int | None = setting(None, whole(1), RUN, "CPU threads")
+
+    def __post_init__(self) -> None:
+        described = describe()
+        for name in REQUIRED:
+            if getattr(self, name) == "":
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"setting {name} is missing; give {flag} or name it in the file")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                checked = parse_setting(field.name, described[field.name], value)
+                object.__setattr__(self, field.name, checked)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            raise ConfigError("eval_strategy steps needs eval_steps")
+        if self.early_stopping_patience and self.eval_strategy == "no":
+            raise ConfigError("early_stopping_patience needs evaluation; eval_strategy is no")
+        accepted = {f.name for f in fields(METHODS[self.method])}
+        for name in ("eps", "exp", "schedule", "allocation", "unmask_fraction"):
+            if getattr(self, name) is not None and name not in accepted:
+                raise ConfigError(f"setting {name} does not apply to method {self.method}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings as plain YAML values, in order of declaration."""
+        values = asdict(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+    def budgets(self, total_weights: int) -> tuple[int, list[int]]:
+        """The resolved budget and its marks, rising; ConfigError for a mark above the budget."""
+        whole_budget = parse_budget(self.budget, total_weights)
+        marks = sorted({parse_budget(mark, total_weights) for mark in self.checkpoint_budgets})
+        if marks and not 0 < marks[0] <= marks[-1] <= whole_budget:
+            raise ConfigError(
+                f"checkpoint_budgets {marks} must lie between 1 and the budget {whole_budget}"
+            )
+        return whole_budget, marks
+
+
+def describe() -> dict[str, Setting]:
+    """Every setting's description, in order of declaration."""
+    return {field.name: _described(field) for field in fields(TrainConfig)}
+
+
+def _described(field: Field[Any]) -> Setting:
+    described: Setting = field.metadata["setting"]
+    return described
+
+
+def check_names(given: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for a name that is no setting, with the nearest that are."""
+    known = list(describe())
+    for name in given:
+        if name not in known:
+            hint = nearest(str(name), known) or "; see deltakit train --help"
+            raise ConfigError(f"{where}: unknown setting {name!r}{hint}")

@@ -1,0 +1,184 @@
+"""Evaluating a base with deltas applied: what `deltakit evaluate` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltakit.errors import ConfigError, DataError
+from deltakit.formats.atomic import write_bytes
+from deltakit.formats.checkpoint import Checkpoint
+from deltakit.formats.sdelta import load
+from deltakit.live import apply
+from deltakit.training.collate import Collator
+from deltakit.training.config import TrainConfig, describe
+from deltakit.training.data import Table, choose_split, read_splits
+from deltakit.training.predict import Predictions, predict
+from deltakit.training.prepare import Say
+from deltakit.training.pretrained import (
+    apply_changes,
+    head_of,
+    load_config,
+    load_model,
+    load_tokenizer,
+    locate,
+    longest_input,
+    needs_padding_token,
+    with_weights,
+)
+from deltakit.training.quiet import quieten
+from deltakit.training.settings import parse_setting
+from deltakit.training.splits import hold_out
+from deltakit.training.task import Example, Problem, TaskSettings
+from deltakit.training.tasks import TASKS
+
+
+def _as_in_training(name: str) -> Any:
+    declared = next(f for f in fields(TrainConfig) if f.name == name)
+    return field(default=declared.default, metadata=declared.metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """The settings of an evaluation, those of `TrainConfig` that it needs.
+
+    Raises ConfigError as `TrainConfig` does.
+    """
+
+    model: str = _as_in_training("model")
+    revision: str | None = _as_in_training("revision")
+    dtype: str = _as_in_training("dtype")
+    data: str = _as_in_training("data")
+    data_name: str | None = _as_in_training("data_name")
+    task: str = _as_in_training("task")
+    validation_fraction: float = _as_in_training("validation_fraction")
+    text_column: str | None = _as_in_training("text_column")
+    text_pair_column: str | None = _as_in_training("text_pair_column")
+    label_column: str | None = _as_in_training("label_column")
+    prompt_column: str | None = _as_in_training("prompt_column")
+    completion_column: str | None = _as_in_training("completion_column")
+    messages_column: str | None = _as_in_training("messages_column")
+    problem_type: str | None = _as_in_training("problem_type")
+    max_length: int = _as_in_training("max_length")
+    mixed_precision: str = _as_in_training("mixed_precision")
+    eval_batch_size: int = _as_in_training("eval_batch_size")
+    threads: int | None = _as_in_training("threads")
+
+    def __post_init__(self) -> None:
+        described = describe()
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if name in ("model", "data", "task") and value == "":
+                raise ConfigError(f"setting {name} is missing; give --{name}")
+            if value is not None:
+                parse_setting(name, described[name], value)
+
+
+def evaluate(
+    config: EvaluateConfig,
+    deltas: Sequence[str | Path] = (),
+    *,
+    split: str | None = None,
+    predictions: Path | None = None,
+    allow_base_mismatch: bool = False,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Load a base, apply deltas in order, and evaluate it; the result as for `--json`.
+
+    split: "validation" by default where the data has one, else all of its only split; a
+    validation split that the data lacks is held out as in training. predictions: a JSONL file to
+    write, one line per example with prediction, label and the sha256 of its logits; with it, the
+    result carries one sha256 over all logits. Data and deltas are checked before the model is
+    loaded. Raises the typed errors of `deltakit.errors`.
+    """
+    quieten()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    table, name = _rows(config, split, say)
+    loaded = [load(path) for path in deltas]
+    located = locate(config.model, config.revision)
+    model_config = load_config(located)
+    for delta in loaded:
+        apply_changes(model_config, delta.config)
+    head = head_of(model_config)
+    if head is None and config.task == "sequence-classification":
+        raise ConfigError(
+            f"model {config.model} has no classification head; give the delta that brings one, or "
+            "a merged model"
+        )
+    settings = {f.name for f in fields(TaskSettings)} & {f.name for f in fields(config)}
+    options = TaskSettings(**{name: getattr(config, name) for name in settings})
+    problem = TASKS[config.task]({name: table}, options, head)
+    for note in problem.notes:
+        say(note)
+    tokenizer = load_tokenizer(located)
+    apply_changes(model_config, needs_padding_token(model_config, tokenizer, problem))
+    longest = longest_input(tokenizer, model_config, config.max_length)
+    examples = problem.encode(tokenizer, longest)[name]
+    base = Checkpoint(with_weights(located).folder)
+    model = load_model(located, model_config, problem, config.dtype)
+    apply(model, loaded, base=base, allow_base_mismatch=allow_base_mismatch)
+    found = _predict(config, model, problem, examples, tokenizer, digests=predictions is not None)
+    if predictions is not None:
+        _write_predictions(problem, found, predictions)
+    return {
+        "model": config.model,
+        "deltas": [str(path) for path in deltas],
+        "entries": sum(delta.nnz for delta in loaded),
+        "task": config.task,
+        "data": config.data,
+        "split": name,
+        "examples": len(examples),
+        "metrics": problem.metrics(found.reduced, found.labels),
+        **({} if found.digest is None else {"logits_sha256": found.digest}),
+    }
+
+
+def _rows(config: EvaluateConfig, split: str | None, say: Say) -> tuple[Table, str]:
+    splits = read_splits(config.data, config.data_name)
+    if split is None:
+        split = "validation" if "validation" in splits else next(iter(splits))
+        if len(splits) > 1 and split != "validation":
+            raise DataError(f"data {config.data} has splits {', '.join(splits)}; name one")
+        say(f"evaluating on all rows of split {split}")
+    if split == "validation" and split not in splits and config.validation_fraction:
+        table = hold_out(choose_split(splits, "train", config.data), config.validation_fraction)[1]
+        say(f"validation: {len(table.rows):,} rows held out by content, as in training")
+        return table, split
+    return choose_split(splits, split, config.data), split
+
+
+def _predict(
+    config: EvaluateConfig,
+    model: Any,
+    problem: Problem,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    digests: bool,
+) -> Predictions:
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return predict(
+        model,
+        problem,
+        examples,
+        Collator.of(model, tokenizer),
+        batch_size=config.eval_batch_size,
+        mixed_precision=config.mixed_precision == "bf16",
+        digests=digests,
+    )
+
+
+def _write_predictions(problem: Problem, found: Predictions, path: Path) -> None:
+    lines = []
+    for number, digest in enumerate(found.digests):
+        label = found.labels[number].item() if len(found.labels) else None
+        told = problem.tell(found.reduced[number], label)
+        lines.append(json.dumps({"row": number + 1, **told, "logits_sha256": digest}))
+    write_bytes(path, "".join(f"{line}\n" for line in lines).encode())

@@ -1,0 +1,106 @@
+"""RUN, the folder of a run: what is in it, whether a new run may use it, and where to resume."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltakit.errors import ConfigError, MissingFileError, OutputExistsError
+from deltakit.training.config import TrainConfig
+from deltakit.training.config_file import read_file, resolve
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_HARMLESS = ("logging_steps", "save_steps")  # may change on resuming: no bit depends on them
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings, reusable as CONFIG."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """The results; a run that has them is finished."""
+        return self.path / "metrics.json"
+
+    @property
+    def delta(self) -> Path:
+        """The delta at the end of training."""
+        return self.path / "delta.sdelta"
+
+    @property
+    def best(self) -> Path:
+        """The delta of the best evaluation."""
+        return self.path / "best.sdelta"
+
+    @property
+    def log(self) -> Path:
+        """One JSON object per line: losses and evaluations with their steps."""
+        return self.path / "log.jsonl"
+
+    @property
+    def plot(self) -> Path:
+        """Budget against metric, where matplotlib is installed."""
+        return self.path / "budget.png"
+
+    def checkpoints(self) -> list[Path]:
+        """Folders to resume from, the newest last."""
+        found = [p for p in self.path.glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name)]
+        return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+    def check_free(self, *, force: bool) -> None:
+        """Raise OutputExistsError when there is an earlier run and `force` is not given."""
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputExistsError(f"{self.path} is a file; give another output folder")
+        left = self._left()
+        if left and not force:
+            way = "--resume to go on, " if self.checkpoints() else ""
+            raise OutputExistsError(
+                f"{self.path} holds an earlier run ({left[0].name}); give another folder, "
+                f"{way}or --force to replace it"
+            )
+
+    def clear(self) -> None:
+        """Make the folder, without anything that an earlier run wrote."""
+        for path in self._left():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def resume(self, config: TrainConfig) -> Path | None:
+        """The checkpoint to resume from; None when the run was stopped before the first one.
+
+        Raises MissingFileError when there is no run, OutputExistsError when it is finished and
+        ConfigError when the settings are not those it was started with.
+        """
+        if not self.config.is_file():
+            raise MissingFileError(f"{self.path} holds no run to resume; leave out --resume")
+        if self.metrics.is_file():
+            raise OutputExistsError(f"{self.path} is finished; its results are in {self.metrics}")
+        before, now = resolve(read_file(self.config), {}).as_dict(), config.as_dict()
+        for name, value in now.items():
+            same = value == before[name] or name in (*_HARMLESS, "output_dir")
+            if not same:
+                raise ConfigError(
+                    f"setting {name} was {before[name]!r} when the run started and is {value!r} "
+                    "now; a resumed run keeps its settings"
+                )
+        checkpoints = self.checkpoints()
+        return checkpoints[-1] if checkpoints else None
+
+    def drop_checkpoints(self) -> None:
+        """Remove what only resuming needs, once the run is finished."""
+        for path in self.checkpoints():
+            shutil.rmtree(path)
+
+    def _left(self) -> list[Path]:
+        budgets = sorted(self.path.glob("budget-*.sdelta"))
+        files = [self.metrics, self.delta, self.best, self.config, self.log, self.plot]
+        return [p for p in (*files, *budgets, *self.checkpoints()) if p.exists()]

@@ -1,0 +1,72 @@
+"""Evaluating a model as it stands: metrics, and every example's logits down to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+
+from deltakit.dtypes import Array
+from deltakit.training.arrays import to_numpy
+from deltakit.training.collate import Collator
+from deltakit.training.task import Example, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What a model says about examples.
+
+    reduced: [n, ...] as `Problem.reduce` gives it. labels: [n] or [] where labels are sequences.
+    digests: per example the sha256 of its logits' bits, padding left out; empty unless asked for.
+    """
+
+    reduced: Array
+    labels: Array
+    digests: Sequence[str]
+
+    @property
+    def digest(self) -> str | None:
+        """One sha256 over all examples' digests in order; equal only for equal logits."""
+        return sha256("".join(self.digests).encode()).hexdigest() if self.digests else None
+
+
+@torch.inference_mode()
+def predict(
+    model: Any,
+    problem: Problem,
+    examples: Sequence[Example],
+    collator: Collator,
+    *,
+    batch_size: int,
+    mixed_precision: bool = False,
+    digests: bool = False,
+) -> Predictions:
+    """Run a model over examples in order, in batches of `batch_size`, as training evaluates it.
+
+    The batches decide the padding and so the last bits of the logits: compare models at equal
+    batch sizes. mixed_precision: bfloat16 autocast.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    cast = torch.autocast(device.type, torch.bfloat16) if mixed_precision else nullcontext()
+    reduced, labels, found = [], [], []
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        batch = {key: tensor.to(device) for key, tensor in collator(part).items()}
+        with cast:
+            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        reduced.append(problem.reduce(logits, batch["labels"]).cpu().numpy())
+        labels += [e["labels"] for e in part if not isinstance(e["labels"], list)]
+        if digests:
+            found += [_digest(logits[row], len(e["input_ids"])) for row, e in enumerate(part)]
+    return Predictions(np.concatenate(reduced), np.asarray(labels), found)
+
+
+def _digest(logits: torch.Tensor, length: int) -> str:
+    kept = logits[:length] if logits.ndim > 1 else logits
+    return sha256(to_numpy(kept).tobytes()).hexdigest()

@@ -1,0 +1,132 @@
+"""Base models, their configurations and tokenizers, by local path or Hub id; one-line errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import snapshot_download
+
+from deltakit.errors import ConfigError, MissingFileError
+from deltakit.training.task import Head, Problem
+
+_DESCRIPTION = ["*.json", "*.txt", "*.model", "*.jinja"]
+_WEIGHTS = [*_DESCRIPTION, "*.safetensors"]
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A base on this machine: its folder, and the Hub id and commit it came from, if any."""
+
+    folder: Path
+    model_id: str | None
+    revision: str | None
+
+
+def locate(model: str, revision: str | None = None) -> Located:
+    """The local folder of a model; of a Hub id, all but the weights is downloaded.
+
+    Raises MissingFileError for a path that is no folder and for an id that cannot be had.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return Located(path, None, None)
+    if path.exists() or model.startswith((".", "/", "~")):
+        raise MissingFileError(
+            f"model {model}: expected a folder with config.json and safetensors files"
+        )
+    folder = _download(model, revision, _DESCRIPTION)
+    return Located(folder, model, folder.name)
+
+
+def with_weights(located: Located) -> Located:
+    """The same model with its weights on this machine, downloaded where they are not."""
+    if located.model_id is not None:
+        _download(located.model_id, located.revision, _WEIGHTS)
+    return located
+
+
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise MissingFileError(
+            f"model {model!r} is neither a local folder nor a Hub id that can be had: "
+            f"{_first_line(error)}"
+        ) from None
+
+
+def load_config(located: Located) -> Any:
+    """The model's transformers configuration; MissingFileError when it cannot be read."""
+    try:
+        return transformers.AutoConfig.from_pretrained(located.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise MissingFileError(f"model {located.folder}: {_first_line(error)}") from None
+
+
+def load_tokenizer(located: Located) -> Any:
+    """The model's tokenizer; where it has no padding token, its end token serves as one."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(located.folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise MissingFileError(
+            f"model {located.folder}: its tokenizer cannot be loaded: {_first_line(error)}"
+        ) from None
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def head_of(config: Any) -> Head | None:
+    """The classification head that a configuration says the model has, or None."""
+    names = config.architectures or []
+    if not any(name.endswith("ForSequenceClassification") for name in names):
+        return None
+    labels = [config.id2label[number] for number in range(config.num_labels)]
+    return Head(labels, config.problem_type)
+
+
+def apply_changes(config: Any, changes: Mapping[str, Any]) -> None:
+    """Put changes to config.json ({"id2label": {"0": "no"}, ...}) into a loaded configuration."""
+    for name, value in changes.items():
+        if name == "id2label":
+            config.id2label = {int(number): label for number, label in value.items()}
+        elif name != "num_labels":  # follows from id2label
+            setattr(config, name, value)
+
+
+def load_model(located: Located, config: Any, problem: Problem, dtype: str) -> Any:
+    """The model with the problem's head, in evaluation mode.
+
+    config: as from `load_config`, with the problem's changes. A head that the checkpoint lacks is
+    drawn from torch's global generator. dtype: torch's name, or "auto" for the checkpoint's.
+    """
+    auto = getattr(transformers, problem.model_class)
+    try:
+        return auto.from_pretrained(located.folder, config=config, dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"model {located.folder}: {_first_line(error)}") from None
+
+
+def longest_input(tokenizer: Any, config: Any, asked: int) -> int:
+    """The most tokens per example that the setting, tokenizer and model all allow."""
+    positions = getattr(config, "max_position_embeddings", None) or asked
+    return int(min(asked, tokenizer.model_max_length, positions))
+
+
+def needs_padding_token(config: Any, tokenizer: Any, problem: Problem) -> Mapping[str, Any]:
+    """The config change by which a decoder's classification head finds the last token.
+
+    Such a head looks for the padding token of its configuration; without one it cannot take
+    batches, so the tokenizer's goes there.
+    """
+    if problem.config_changes and getattr(config, "pad_token_id", None) is None:
+        return {"pad_token_id": tokenizer.pad_token_id}
+    return {}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

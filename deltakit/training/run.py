@@ -1,0 +1,146 @@
+"""One training run from settings to results: what `deltakit train` does."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltakit import __version__
+from deltakit.formats.checkpoint import Checkpoint
+from deltakit.formats.sdelta import save
+from deltakit.training.build import Deltas, build_trainer
+from deltakit.training.config import TrainConfig
+from deltakit.training.config_file import write_file
+from deltakit.training.folder import RunFolder
+from deltakit.training.prepare import Prepared, Say, prepare
+from deltakit.training.pretrained import with_weights
+from deltakit.training.quiet import quieten
+from deltakit.training.report import plot, write_metrics
+from deltakit.training.trainer import SparseTrainer
+from deltakit.training.watch import BestDelta, metrics_of
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended. record: the content of metrics.json, or None when it was interrupted.
+
+    signal: the number of the signal that interrupted it; step: the last optimizer step.
+    """
+
+    record: Mapping[str, Any] | None
+    signal: int | None
+    step: int
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    say: Say = lambda text: None,
+    quiet: bool = True,
+) -> Outcome:
+    """Train as the settings say and write everything into `config.output_dir`.
+
+    resume: go on from the newest checkpoint, with the bits of a run that was never stopped.
+    force: replace an earlier run. say: takes notes of one line; quiet: no progress on stderr.
+    Everything about data and settings is checked before the model is loaded; raises the typed
+    errors of `deltakit.errors`.
+    """
+    started = time.monotonic()
+    folder = RunFolder(Path(config.output_dir))
+    checkpoint = folder.resume(config) if resume else None
+    if not resume:
+        folder.check_free(force=force)
+    quieten()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    prepared = prepare(config, say)
+    deltas = Deltas.read(config)
+    base = Checkpoint(with_weights(prepared.located).folder)
+    config.budgets(base.total_weights)  # refused before the model is loaded
+    if not resume:
+        folder.clear()
+        write_file(config, folder.config)
+    trainer = build_trainer(config, prepared, deltas, base, folder, quiet=quiet)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.interrupted is not None and trainer.state.global_step < trainer.state.max_steps:
+        return Outcome(None, trainer.interrupted, trainer.state.global_step)
+    save(trainer.delta(), folder.delta)
+    record = _results(config, prepared, base, trainer, folder)
+    record["seconds"] = round(time.monotonic() - started, 3)
+    plot(record, folder.plot)
+    write_metrics(record, folder.metrics)
+    folder.drop_checkpoints()
+    return Outcome(record, None, trainer.state.global_step)
+
+
+def _results(
+    config: TrainConfig,
+    prepared: Prepared,
+    base: Checkpoint,
+    trainer: SparseTrainer,
+    folder: RunFolder,
+) -> dict[str, Any]:
+    """The content of metrics.json; evaluates the end of training where nothing has yet."""
+    delta = trainer.delta()
+    step = trainer.state.global_step
+    final = _result(delta.nnz, step, _final_metrics(trainer), folder.delta)
+    marks = []
+    for row in trainer.budget_results:
+        metrics = metrics_of({f"budget_{name}": v for name, v in row["metrics"].items()})
+        marks.append(_result(row["budget"], row["step"], metrics, Path(row["path"])))
+    watcher = next(c for c in trainer.callback_handler.callbacks if isinstance(c, BestDelta))
+    best = watcher.best()
+    return {
+        "version": 1,
+        "task": config.task,
+        "method": config.method,
+        "preset": config.preset,
+        "model": config.model,
+        "data": config.data,
+        "splits": dict(prepared.splits),
+        "metric": prepared.metric,
+        "budget": {
+            "given": config.budget,
+            "resolved": trainer.tuner.budget,
+            "reached": delta.nnz,
+            "base_weights": base.total_weights,
+        },
+        "extras": {"weights": delta.extra_weights, "names": list(delta.extras)},
+        "marks": marks,
+        "final": final,
+        "best": best and _result(None, best["step"], metrics_of(best), folder.best),
+        "steps": step,
+        "versions": _versions(),
+    }
+
+
+def _result(
+    entries: int | None, step: int, metrics: Mapping[str, float], path: Path
+) -> dict[str, Any]:
+    size = path.stat().st_size
+    counted = {} if entries is None else {"entries": entries}
+    return {**counted, "step": step, "metrics": metrics, "path": str(path), "bytes": size}
+
+
+def _final_metrics(trainer: SparseTrainer) -> dict[str, float]:
+    if trainer.eval_dataset is None:
+        return {}
+    for record in reversed(trainer.state.log_history):
+        if record["step"] == trainer.state.global_step and metrics_of(record):
+            return metrics_of(record)
+    return metrics_of(trainer.evaluate())
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "numpy", "scikit-learn")
+    known = {name: version(name) for name in packages}
+    return {"deltakit": __version__, "python": platform.python_version(), **known}
