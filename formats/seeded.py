@@ -80,23 +80,32 @@ def _generator(seed: int, name: str, stream: str) -> np.random.Philox:
 
 
 def _words(generator: np.random.Philox, count: int) -> Array:
-    return np.asarray(generator.random_raw(count), np.uint64).reshape(count)
+    words: Array = np.asarray(generator.random_raw(count), np.uint64)
+    return words
 
 
 def _distinct(seed: int, name: str, numel: int, count: int) -> Array:
-    """The first `count` distinct draws below `numel`, sorted; `count` at most numel / 2."""
-    if not count:
-        return np.zeros(0, np.int64)
+    """The first `count` distinct draws below `numel`, sorted; `count` at most numel / 2.
+
+    As many draws as are still missing are taken at a time: never one too many.
+    """
+    found = drawn = np.zeros(0, np.int64)
+    generator = _generator(seed, name, _SUPPORT) if count else None
+    while generator is not None and (missing := count - len(found)):
+        while len(drawn) < missing:
+            drawn = np.concatenate([drawn, _draws(generator, numel, missing - len(drawn))])
+        batch, drawn = np.sort(drawn[:missing]), drawn[missing:]
+        batch = batch[np.diff(batch, prepend=-1) != 0]
+        if len(found):
+            at = np.searchsorted(found, batch)
+            batch = batch[found[np.minimum(at, len(found) - 1)] != batch]
+        found = np.sort(np.concatenate([found, batch]), kind="stable")  # merges two sorted runs
+    return found
+
+
+def _draws(generator: np.random.Philox, numel: int, count: int) -> Array:
+    """About `count` further draws below `numel`, int64, in the order of the words."""
     width = (numel - 1).bit_length()  # at least 1, as numel is at least 2
-    generator = _generator(seed, name, _SUPPORT)
-    draws = np.zeros(0, np.uint64)
-    expected = count + count * count // numel  # a little more than n ln(n / (n - k))
-    while True:
-        # How many words are drawn at once changes nothing but the time.
-        words = _words(generator, ((expected + 4 * isqrt(expected) + 8) << width) // numel)
-        words >>= np.uint64(64 - width)
-        draws = np.concatenate([draws, words[words < np.uint64(numel)]])
-        found, first = np.unique(draws, return_index=True)
-        if len(found) >= count:
-            last = np.partition(first, count - 1)[count - 1]
-            return found[first <= last].astype(np.int64)
+    words = _words(generator, ((count + isqrt(count)) << width) // numel + 8)
+    words >>= np.uint64(64 - width)
+    return words[words < np.uint64(numel)].astype(np.int64)
