@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from deltakit.delta import SparseDelta as SparseDelta
     from deltakit.delta import TensorDelta as TensorDelta
     from deltakit.errors import DeltakitError as DeltakitError
+    from deltakit.formats.sdelta import load as load
+    from deltakit.formats.sdelta import save as save
     from deltakit.live import applied as applied
     from deltakit.live import apply as apply
     from deltakit.selection import ID3 as ID3
@@ -39,6 +41,8 @@ _EXPORTS = {
     "TensorDelta": "deltakit.delta",
     "applied": "deltakit.live",
     "apply": "deltakit.live",
+    "load": "deltakit.formats.sdelta",
+    "save": "deltakit.formats.sdelta",
     "truncate": "deltakit.truncate",
 }
 

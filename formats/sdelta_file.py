@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -26,7 +26,9 @@ from deltakit.formats.header import ExtraRecord, SdeltaHeader, TensorRecord, ext
 from deltakit.formats.sdelta_writer import METADATA_KEY
 from deltakit.formats.values import decode_order, decode_values
 
-Self = TypeVar("Self", bound="SdeltaFile")
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 MAGIC = b'{"__metadata__":{"sdelta":"'  # from byte 8 on
 
 
@@ -66,7 +68,7 @@ class SdeltaFile:
             self._file.close()
             raise
 
-    def __enter__(self: Self) -> Self:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
