@@ -58,7 +58,9 @@ def apply(
     factors = [1.0] * len(several) if weights is None else list(weights)
     if len(factors) != len(several):
         raise ConfigError(f"{len(factors)} weights for {len(several)} deltas")
-    checkpoint = base if base is None or isinstance(base, Checkpoint) else Checkpoint(base)
+    checkpoint = (
+        base if base is None or isinstance(base, Checkpoint) else Checkpoint(os.fspath(base))
+    )
     live = _live_tensors(model, checkpoint or find_checkpoint(model))
     for delta in several:
         _check(delta, live, allow_base_mismatch)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from deltakit.errors import ConfigError, TrainingError
 from deltakit.selection.allocation import proportional_seats
 from deltakit.selection.d3 import D3
+from deltakit.selection.precondition import factored_rms
 from deltakit.selection.topk import TopK
 from deltakit.selection.unmask import Unmasking
 
@@ -72,19 +73,29 @@ def test_d3_refuses_a_zero_denominator() -> None:
 
 
 @pytest.mark.parametrize("allocation", ["global", "proportional"])
-@pytest.mark.parametrize(("eps", "exp"), [(1.0, 0.0), (1e-8, 1.0), (0.5, -1.0), (1.0, 1.3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("eps", "exp", "precondition", "dtype"),
+    [
+        (1.0, 0.0, "none", torch.float32),
+        (1.0, 0.0, "none", torch.bfloat16),
+        (1.0, 0.0, "factored", torch.bfloat16),
+        (1e-8, 1.0, "none", torch.float32),
+        (0.5, -1.0, "factored", torch.float32),
+        (1.0, 1.3, "none", torch.bfloat16),
+    ],
+)
 def test_unmasking_equals_a_dense_reference(
-    allocation: str, eps: float, exp: float, dtype: torch.dtype
+    allocation: str, eps: float, exp: float, precondition: str, dtype: torch.dtype
 ) -> None:
     """Several steps over tensors larger than one chunk; bfloat16 brings many ties."""
     generator = torch.Generator().manual_seed(2)
-    numels = [300_000, 7, 5_000, 270_000]
+    shapes = [(600, 500), (1, 7), (50, 100), (3, 90_000)]
+    numels = [rows * columns for rows, columns in shapes]
     weights = [(torch.randn(n, generator=generator) * 0.1).to(dtype) for n in numels]
     plan = np.array([500, 500, 1234, 3000])
     seats = proportional_seats(numels, 3000) if allocation == "proportional" else None
     score = D3(eps, exp)
-    selector = Unmasking(score, plan, numels, seats)
+    selector = Unmasking(score, plan, numels, seats, precondition)
     taken: list[set[int]] = [set() for _ in numels]
     for step in range(4):
         gradients = [torch.randn(n, generator=generator).to(dtype) for n in numels]
@@ -92,11 +103,18 @@ def test_unmasking_equals_a_dense_reference(
         for number, gradient in enumerate(gradients):
             masked.append(gradient.clone())
             masked[number][list(taken[number])] = 0
-        scores = [score.score(g, w) for g, w in zip(masked, weights, strict=True)]
+        scores = []
+        for shape, g, w in zip(shapes, masked, weights, strict=True):
+            matrix = g.float().view(shape)
+            if precondition == "factored":
+                rows, columns = factored_rms(g.view(shape))
+                matrix = matrix.abs() * rows * columns
+            scores.append(score.score(matrix.reshape(-1), w))
         selector.begin(step)
         for number in (2, 0, 3, 1):
             bounds = weights[number].abs().min().item(), weights[number].abs().max().item()
-            selector.offer(number, masked[number].clone(), weights[number], bounds, "w")
+            gradient = masked[number].clone().view(shapes[number])
+            selector.offer(number, gradient, weights[number], bounds, "w")
         found = {
             (t, i): g
             for t, indices, grads in selector.choose(lambda n: np.array(sorted(taken[n])))
@@ -125,7 +143,7 @@ def _dense_best(scores: list[torch.Tensor], k: int) -> set[tuple[int, int]]:
 def test_missing_scores_are_filled_in_tie_order_with_zero_gradients() -> None:
     selector = Unmasking(D3(), np.array([6]), [3, 4, 5])
     selector.begin(0)
-    selector.offer(1, torch.tensor([0.0, 2.0, 0.0, 0.0]), torch.ones(4), (1.0, 1.0), "w")
+    selector.offer(1, torch.tensor([[0.0, 2.0, 0.0, 0.0]]), torch.ones(4), (1.0, 1.0), "w")
     blocked = {0: np.array([1]), 1: np.array([0]), 2: np.zeros(0, np.int64)}
     chosen = selector.choose(lambda n: blocked[n])
     entries = {
@@ -134,10 +152,31 @@ def test_missing_scores_are_filled_in_tie_order_with_zero_gradients() -> None:
     assert entries == {(0, 0): 0, (0, 2): 0, (1, 1): 2, (1, 2): 0, (1, 3): 0, (2, 0): 0}
 
 
+def test_the_factored_estimate_is_adafactors() -> None:
+    """A rank-one gradient becomes flat; rows and columns of zeros stay zero; no unit is left."""
+    generator = torch.Generator().manual_seed(3)
+    gradient = torch.rand(6, 1, generator=generator) * torch.rand(1, 9, generator=generator)
+    rows, columns = factored_rms(gradient)
+    torch.testing.assert_close(gradient * rows * columns, torch.ones(6, 9))
+    noisy = torch.randn(6, 9, generator=generator)
+    second = noisy.square().mean(1, keepdim=True) * noisy.square().mean(0, keepdim=True)
+    expected = noisy / (second / noisy.square().mean()).sqrt()
+    for scale in (1.0, 1e-3):
+        rows, columns = factored_rms(noisy * scale)
+        torch.testing.assert_close(noisy * scale * rows * columns, expected)
+    noisy[2], noisy[:, 4] = 0, 0
+    rows, columns = factored_rms(noisy)
+    assert torch.isfinite(rows).all() and torch.isfinite(columns).all()
+    vector = torch.tensor([[3.0, 4.0]])
+    rows, columns = factored_rms(vector)
+    torch.testing.assert_close(vector * rows * columns, vector / 12.5**0.5)
+
+
+@pytest.mark.parametrize("precondition", ["none", "factored"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_is_refused(bad: float) -> None:
-    selector = Unmasking(D3(), np.array([1]), [3])
+def test_a_gradient_that_is_not_finite_is_refused(bad: float, precondition: str) -> None:
+    selector = Unmasking(D3(), np.array([1]), [3], precondition=precondition)
     selector.begin(0)
     with pytest.raises(TrainingError, match=r"layer\.weight: the gradient is not finite"):
-        gradient = torch.tensor([1.0, bad, 0.0])
+        gradient = torch.tensor([[1.0, bad, 0.0]])
         selector.offer(0, gradient, torch.ones(3), (1.0, 1.0), "layer.weight")

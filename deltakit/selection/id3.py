@@ -9,6 +9,7 @@ from deltakit.errors import BudgetError
 from deltakit.selection.allocation import check_allocation, proportional_seats
 from deltakit.selection.d3 import D3
 from deltakit.selection.methods import METHODS, Candidate, Start, check_budget, check_room
+from deltakit.selection.precondition import check_precondition
 from deltakit.selection.schedules import Schedule, unmasking_plan
 from deltakit.selection.unmask import Unmasking
 
@@ -22,7 +23,9 @@ class ID3:
     the share `unmask_fraction` of all training steps. eps, exp: of the D3 score. schedule:
     "uniform", "linear", "cosine", "once", a function (budget, step, steps) -> cumulative count,
     or counts per step. allocation: "global" compares all tensors; "proportional" shares each
-    step's entries among tensors by size and compares within a tensor.
+    step's entries among tensors by size and compares within a tensor. precondition: "factored"
+    scores the gradient divided by its factored root mean square, which keeps entries from crowding
+    into few rows and columns (see `selection.precondition`); "none" is the paper's.
     """
 
     budget: int
@@ -32,11 +35,13 @@ class ID3:
     schedule: str | Schedule | Sequence[int] = "uniform"
     allocation: str = "global"
     unmask_fraction: float = 1.0
+    precondition: str = "none"
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_allocation(self.allocation)
         D3(self.eps, self.exp)
+        check_precondition(self.precondition)
         if not 0 < self.unmask_fraction <= 1:
             raise BudgetError(f"unmask_fraction must be in (0, 1], found {self.unmask_fraction}")
 
@@ -63,4 +68,5 @@ class ID3:
         plan = unmasking_plan(self.schedule, left, steps, [m - taken for m in marks if m > taken])
         seats = proportional_seats(free, left) if self.allocation == "proportional" else None
         numels = [c.numel for c in candidates]
-        return Start(selector=Unmasking(D3(self.eps, self.exp), plan, numels, seats))
+        score = D3(self.eps, self.exp)
+        return Start(selector=Unmasking(score, plan, numels, seats, self.precondition))

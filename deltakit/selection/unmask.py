@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ import torch
 from deltakit.dtypes import Array
 from deltakit.errors import TrainingError
 from deltakit.selection.d3 import D3
+from deltakit.selection.precondition import factored_rms
 from deltakit.selection.topk import TopK
 
 Unmasked = tuple[int, torch.Tensor, torch.Tensor]  # tensor number, flat indices, their gradients
@@ -20,14 +21,21 @@ class Unmasking:
 
     score: of entries. plan: cumulative number of entries after each selection step, int64
     [steps]. numels: elements per tensor, in tensor order. seats: which tensor each entry of the
-    budget belongs to, int [budget], or None where all tensors compete. Per optimizer step:
+    budget belongs to, int [budget], or None where all tensors compete. precondition: what scores
+    are made of, "none" (the gradient) or "factored" (see `selection.precondition`). Per optimizer step:
     `begin`, then `offer` once for each tensor that has a gradient, in any order, then `choose`.
     """
 
     def __init__(
-        self, score: D3, plan: Array, numels: Sequence[int], seats: Array | None = None
+        self,
+        score: D3,
+        plan: Array,
+        numels: Sequence[int],
+        seats: Array | None = None,
+        precondition: str = "none",
     ) -> None:
         self.score = score
+        self.precondition = precondition
         self.plan = plan
         self._numels = list(numels)
         self._seats = seats
@@ -57,25 +65,38 @@ class Unmasking:
     ) -> None:
         """Score a tensor's dense gradient and pool what may win.
 
-        gradient: flat [n], zero at entries that must not be chosen. weight: flat [n]. bounds:
-        least and largest |w|. where: names the tensor in errors. Raises TrainingError for a
-        gradient that is not finite.
+        gradient: [R, C], zero at entries that must not be chosen; a vector is one row. weight:
+        flat [R * C]. bounds: least and largest |w|. where: names the tensor in errors. Raises
+        TrainingError for a gradient that is not finite.
         """
         pool = self._pools[tensor]
         if not pool.k:
             return
-        size = 2**18 if gradient.device.type == "cpu" else 2**24  # stays within a core's cache
-        for start in range(0, len(gradient), size):
-            part = gradient[start : start + size].float()
-            magnitude = part.abs()
+        for start, part, magnitude in self._parts(gradient):
             largest = magnitude.max().item()
             if not np.isfinite(largest):
                 raise TrainingError(
                     f"{where}: the gradient is not finite ({largest}); lower the learning rate, "
                     "clip gradients or look for broken inputs"
                 )
-            if largest >= self.score.least_gradient(pool.threshold, *bounds) and largest > 0:
+            if largest > 0 and largest >= self.score.least_gradient(pool.threshold, *bounds):
                 self._offer_part(pool, tensor, part, magnitude, weight, start, bounds)
+
+    def _parts(self, gradient: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Pieces that stay within a core's cache: flat start, gradient [n], |g| to score [n]."""
+        size = 2**18 if gradient.device.type == "cpu" else 2**24
+        if self.precondition == "none":
+            flat = gradient.reshape(-1)
+            for start in range(0, len(flat), size):
+                part = flat[start : start + size].float()
+                yield start, part, part.abs()
+            return
+        rows, columns = factored_rms(gradient)
+        height, width = max(1, size // gradient.shape[1]), gradient.shape[1]
+        for top in range(0, len(gradient), height):
+            part = gradient[top : top + height].float()
+            magnitude = part.abs() * rows[top : top + height] * columns
+            yield top * width, part.reshape(-1), magnitude.reshape(-1)
 
     def _offer_part(
         self,
@@ -90,12 +111,12 @@ class Unmasking:
         if self.score.exp == 0:
             pool.raise_threshold(magnitude)
         near = _where_at_least(magnitude, self.score.least_gradient(pool.threshold, *bounds))
-        gradient = part[near]
-        scores = self.score.score(gradient, weight[start + near])
+        scores = self.score.score(magnitude[near], weight[start + near])
         if self.score.exp != 0:
             pool.raise_threshold(scores)
         good = scores >= pool.threshold
-        pool.offer(tensor, scores[good], start + near[good], gradient[good])
+        near = near[good]
+        pool.offer(tensor, scores[good], start + near, part[near])
 
     def choose(self, taken: Callable[[int], Array]) -> list[Unmasked]:
         """The entries that join now; exactly as many as planned, whatever the gradients were.

@@ -200,8 +200,9 @@ class Engine:
         flat[target.indices] = 0
         flat[target.forbidden] = 0
         assert self.selector is not None
+        matrix = flat.view(gradient.shape[0] if gradient.ndim > 1 else 1, -1)
         bounds = self._bounds[target.number]
-        self.selector.offer(target.number, flat, target.flat, bounds, target.live_name)
+        self.selector.offer(target.number, matrix, target.flat, bounds, target.live_name)
 
     def _begin(self) -> None:
         if not self._began:

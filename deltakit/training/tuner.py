@@ -181,7 +181,7 @@ class SparseTuner:
 
 
 def _open(base: str | os.PathLike[str] | Checkpoint | None) -> Checkpoint | None:
-    return base if base is None or isinstance(base, Checkpoint) else Checkpoint(base)
+    return base if base is None or isinstance(base, Checkpoint) else Checkpoint(os.fspath(base))
 
 
 def _refuse_several_processes() -> None:

@@ -1,0 +1,44 @@
+"""Preconditioning: gradients made comparable between rows and columns before they are scored.
+
+The raw gradient of a linear layer, a sum of products of errors and inputs, is largest where a
+few inputs or errors are large, so its top entries crowd into few columns and rows and all say the
+same. Divided by the factored root mean square they spread, as Adam's own update does.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from deltakit.errors import ConfigError
+
+PRECONDITIONS = ("none", "factored")
+
+
+def check_precondition(name: str) -> None:
+    """Raise ConfigError for a name that is no preconditioning."""
+    if name not in PRECONDITIONS:
+        raise ConfigError(f"unknown precondition {name!r}; known: {', '.join(PRECONDITIONS)}")
+
+
+def factored_rms(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors (rows [R, 1], columns [1, C]) whose product divides a gradient [R, C].
+
+    The rank-one estimate of the second moment, g_ij^2 ~ r_i c_j / mean(r) with r and c the mean
+    squares of rows and columns (Adafactor, Shazeer and Stern 2018, algorithm 1), of this one
+    gradient. A single row is divided by its root mean square. Returned are reciprocal roots,
+    float32, 0 where a row or column is all zero; the products of gradient and factors have no unit.
+    """
+    if gradient.shape[0] == 1:
+        rms = _mean_square(gradient, 1).sqrt()
+        return _reciprocal(rms), torch.ones(1, 1, device=gradient.device)
+    rows, columns = _mean_square(gradient, 1), _mean_square(gradient, 0)
+    return _reciprocal((rows / rows.mean()).sqrt()), _reciprocal(columns.sqrt())
+
+
+def _mean_square(gradient: torch.Tensor, dim: int) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dim=dim, keepdim=True, dtype=torch.float32)
+    return norm.square() / gradient.shape[dim]
+
+
+def _reciprocal(values: torch.Tensor) -> torch.Tensor:
+    return torch.where(values > 0, values.reciprocal(), torch.zeros_like(values))
