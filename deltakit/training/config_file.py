@@ -67,8 +67,8 @@ def render(config: TrainConfig) -> str:
         if described[name].group != group:
             group = described[name].group
             lines.append(f"\n# {group}\n")
-        shown = yaml.safe_dump({name: value}, default_flow_style=None, width=10**9, sort_keys=False)
-        lines.append(f"{shown.rstrip()}  # {described[name].about}\n")
+        shown = yaml.safe_dump([value], default_flow_style=True, width=10**9).rstrip()[1:-1]
+        lines.append(f"{name}: {shown}  # {described[name].about}\n")
     return "".join(lines)
 
 

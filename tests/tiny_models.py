@@ -1,0 +1,151 @@
+"""Tiny random base models with tokenizers, and rows of data that they can learn from."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "bird",
+    "runs",
+    "sleeps",
+    "sings",
+    "the",
+    "a",
+    "and",
+    "not",
+    "very",
+    "user:",
+    "answer:",
+    "yes",
+    "no",
+]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>"]
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}user: {{ m['content'] }} "
+    "{% else %}answer: {% generation %}{{ m['content'] }} </s>{% endgeneration %} {% endif %}"
+    "{% endfor %}"
+)
+
+
+def encoder_tokenizer() -> PreTrainedTokenizerFast:
+    """Words as tokens, framed as BERT does: [CLS] a [SEP] b [SEP]."""
+    tokenizer = _words()
+    ids = [(name, SPECIAL.index(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ids
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def decoder_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
+    """Words as tokens, with <s> put before every text, and no padding token."""
+    tokenizer = _words()
+    tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", bos_token="<s>", eos_token="</s>"
+    )
+    fast.chat_template = template
+    return fast
+
+
+def _words() -> Tokenizer:
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return tokenizer
+
+
+def write_bert(folder: Path) -> Path:
+    """An encoder without a head."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    BertModel(config).save_pretrained(folder)
+    encoder_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_llama(folder: Path, template: str | None = TEMPLATE) -> Path:
+    """A decoder with its own output layer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    decoder_tokenizer(template).save_pretrained(folder)
+    return folder
+
+
+def write_gpt2(folder: Path) -> Path:
+    """A decoder with transposed layers and a tied output layer."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(SPECIAL) + len(WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=32
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    decoder_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def colour_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Sentences labelled by the colour in them."""
+    choice = random.Random(seed).choice
+    rows = []
+    for _ in range(count):
+        colour = choice(["red", "green", "blue"])
+        words = ["the", choice(["very", "not", "a"]), colour, choice(["cat", "dog", "bird"])]
+        words += [choice(["runs", "sleeps", "sings"])] * choice([1, 2, 3])
+        rows.append({"text": " ".join(words), "label": colour})
+    return rows
+
+
+def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
+    """One JSON value per line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
