@@ -1,0 +1,194 @@
+"""The weight files of a merge: which tensors each holds, and the bytes of every one of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from deltakit.arithmetic import Contribution, cast, merged_words, union_between
+from deltakit.dtypes import DTYPES, Array, DType
+from deltakit.errors import FormatError
+from deltakit.formats import rewrite
+from deltakit.formats.rewrite import Copied, Part, Piece
+from deltakit.formats.safetensors_file import SafetensorsFile, TensorInfo
+from deltakit.merge_plan import WINDOW, Plan, extra_kind
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """A weight file to be written: its name, its header, and its tensors in order."""
+
+    name: str
+    header: bytes
+    parts: Sequence[Part]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(part.nbytes for part in self.parts)
+
+
+@dataclass(slots=True)
+class Overflows:
+    """Counts entries that became infinite or NaN by the merge, by tensor name."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """One line for each tensor."""
+        return [
+            f"tensor {name!r}: {count} entries that were finite are infinite or NaN after the merge"
+            for name, count in self.counts.items()
+        ]
+
+
+def weight_files(plan: Plan, overflows: Overflows, one_file: str | None = None) -> list[WeightFile]:
+    """The weight files of the merged checkpoint: one for each of the base's, or a single one
+    called `one_file` with all tensors.
+
+    Extras that the base lacks join the last file. A file whose tensors keep names, dtypes and
+    shapes keeps its header byte for byte.
+    """
+    shards = list(plan.base.shards.values())
+    new = [name for name in sorted(plan.extras, key=str.encode) if name not in plan.base.tensors]
+    if one_file is not None and len(shards) > 1:
+        infos = [info for shard in shards for info in shard.tensors.values() if _listed(plan, info)]
+        parts = [_part(plan, info, overflows) for info in infos]
+        parts = rewrite.arranged(parts + [_extra(plan, name) for name in new])
+        metadata = shards[0].header.metadata
+        return [WeightFile(one_file, rewrite.header(parts, metadata), parts)]
+    last = shards[-1]
+    return [
+        _shard_file(plan, shard, new if shard is last else [], one_file, overflows)
+        for shard in shards
+    ]
+
+
+def _shard_file(
+    plan: Plan, shard: SafetensorsFile, new: list[str], name: str | None, overflows: Overflows
+) -> WeightFile:
+    infos = [info for info in shard.tensors.values() if info.name not in new]
+    parts = [_part(plan, info, overflows) for info in infos]
+    codes = [part.code for part in parts]
+    if not new and codes == [entry.dtype for entry in shard.header.entries.values()]:
+        with shard.path.open("rb") as file:
+            return WeightFile(name or shard.path.name, file.read(shard.header.body_offset), parts)
+    parts = rewrite.arranged(parts + [_extra(plan, extra) for extra in new])
+    return WeightFile(name or shard.path.name, rewrite.header(parts, shard.header.metadata), parts)
+
+
+def _listed(plan: Plan, info: TensorInfo) -> bool:
+    return plan.base.tensors.get(info.name) == info
+
+
+def _part(plan: Plan, info: TensorInfo, overflows: Overflows) -> Part:
+    """The merged form of a tensor of the base."""
+    if info.name in plan.extras and _listed(plan, info):
+        return _extra(plan, info.name)
+    if info.dtype not in DTYPES or not _listed(plan, info):
+        code = DTYPES[info.dtype].code if info.dtype in DTYPES else info.dtype
+        return Part(info.name, code, info.shape, info.nbytes, partial(_as_it_is, info))
+    kind = plan.merge_kind(info)
+    out = plan.output_kind(kind)
+    size = info.numel * out.itemsize
+    if info.name not in plan.touched and info.kind is kind is out:
+        return Part(info.name, out.code, info.shape, size, partial(_as_it_is, info))
+    change = partial(_changed, info, plan.touched.get(info.name, ()), kind, out, overflows)
+    return Part(info.name, out.code, info.shape, size, change)
+
+
+def _as_it_is(info: TensorInfo) -> list[Piece]:
+    return [Copied(info.file, info.offset, info.nbytes)]
+
+
+def _extra(plan: Plan, name: str) -> Part:
+    array = plan.extras[name]
+    kind = extra_kind(plan, array)
+
+    def pieces() -> list[Piece]:
+        with np.errstate(over="ignore", invalid="ignore"):  # too large becomes inf, as in torch
+            flat = np.ascontiguousarray(array).reshape(-1).astype(kind.numpy, copy=False)
+        return [flat.view(np.uint8).data]
+
+    return Part(name, kind.code, array.shape, array.size * kind.itemsize, pieces)
+
+
+def _changed(
+    info: TensorInfo,
+    contributions: Sequence[Contribution],
+    kind: DType,
+    out: DType,
+    overflows: Overflows,
+) -> Iterator[Piece]:
+    """The tensor window by window: read, cast to `kind`, merged, cast to `out`."""
+    itemsize = info.kind.itemsize
+    with info.file.open("rb", buffering=0) as file:
+        for start in range(0, info.numel, WINDOW):
+            stop = min(start + WINDOW, info.numel)
+            offset = info.offset + start * itemsize
+            at = union_between(contributions, start, stop) if contributions else np.empty(0, int)
+            if not at.size and info.kind is kind is out:
+                yield Copied(info.file, offset, (stop - start) * itemsize)
+                continue
+            words = cast(_read(file, info, offset, stop - start), info.kind, kind)
+            before = words[at - start]
+            after = merged_words(before, at, contributions, kind)
+            _count_overflows(info.name, before, after, kind, overflows)
+            words[at - start] = after
+            yield cast(words, kind, out).view(np.uint8).data
+
+
+def _count_overflows(
+    name: str, before: Array, after: Array, kind: DType, overflows: Overflows
+) -> None:
+    if kind.is_floating:
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            was, now = (np.isfinite(words.view(kind.numpy)) for words in (before, after))
+        if count := int((was & ~now).sum()):
+            overflows.counts[name] = overflows.counts.get(name, 0) + count
+
+
+def _read(file: BinaryIO, info: TensorInfo, offset: int, count: int) -> Array:
+    words = np.empty(count, info.kind.words)
+    rest = words.view(np.uint8).data
+    file.seek(offset)
+    while rest.nbytes:
+        size = file.readinto(rest)  # type: ignore[attr-defined]
+        if not size:
+            raise FormatError(f"{info.file} became shorter while it was read")
+        rest = rest[size:]
+    return words
+
+
+def index_bytes(plan: Plan, files: Sequence[WeightFile]) -> bytes | None:
+    """The index of the merged checkpoint; None where the base has none.
+
+    The base's own bytes where neither names nor sizes change.
+    """
+    if plan.base.index is None:
+        return None
+    old = plan.base.index.read_bytes()
+    content: dict[str, Any] = json.loads(old)
+    weight_map = {
+        part.name: file.name
+        for file in files
+        for part in file.parts
+        if content["weight_map"].get(part.name) == file.name or part.name in plan.extras
+    }
+    size = sum(p.nbytes for f in files for p in f.parts if weight_map.get(p.name) == f.name)
+    metadata = content.get("metadata")
+    same_size = size == sum(info.nbytes for info in plan.base.tensors.values())
+    if weight_map == content["weight_map"] and same_size:
+        return old
+    if isinstance(metadata, dict) and "total_size" in metadata:
+        metadata["total_size"] = size
+    if isinstance(metadata, dict) and "total_parameters" in metadata:
+        added = sum(a.size for n, a in plan.extras.items() if n not in plan.base.tensors)
+        metadata["total_parameters"] = int(metadata["total_parameters"]) + added
+    content["weight_map"] = dict(sorted(weight_map.items(), key=lambda item: item[0].encode()))
+    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"

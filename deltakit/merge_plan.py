@@ -1,0 +1,162 @@
+"""What a merge will do, settled and checked before a byte is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltakit.arithmetic import Contribution
+from deltakit.dtypes import DTYPES, Array, DType, dtype_of
+from deltakit.errors import ConfigError, DeltakitError
+from deltakit.formats.checkpoint import Checkpoint
+from deltakit.formats.safetensors_file import TensorInfo
+from deltakit.identity import check_base
+from deltakit.merge_inputs import Input, chosen_head, common_config, common_extras, contributions
+
+WINDOW = 2**18  # elements that are read, changed and written at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A merge, ready to be written.
+
+    touched: tensor name -> the contributions to it. extras: name -> whole tensors to be written.
+    config: keys to be changed in config.json. dtype: as asked for: None, "trained" or a name.
+    untouched: for "trained", the dtype that tensors without entries take (None: their own).
+    """
+
+    base: Checkpoint
+    inputs: Sequence[Input]
+    touched: Mapping[str, Sequence[Contribution]]
+    extras: Mapping[str, Array]
+    config: Mapping[str, Any]
+    dtype: str | None = None
+    untouched: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def entries(self) -> int:
+        """Entries that change: the union of the supports, over all tensors."""
+        return sum(_union_size(parts) for parts in self.touched.values())
+
+    def merge_kind(self, info: TensorInfo) -> DType:
+        """The dtype in which a tensor of the base is merged."""
+        if self.dtype != "trained" or not info.kind.is_floating:
+            return info.kind
+        if info.name in self.touched:
+            return DTYPES[self.touched[info.name][0].delta.trained_dtype]
+        return DTYPES[self.untouched or info.dtype]
+
+    def output_kind(self, kind: DType) -> DType:
+        """The dtype in which a tensor merged (or brought along) in `kind` is written."""
+        if self.dtype in (None, "trained") or not kind.is_floating:
+            return kind
+        return DTYPES[str(self.dtype)]
+
+    @property
+    def peak_memory(self) -> int:
+        """Upper estimate, in bytes, of what the merge keeps in memory at once: the deltas, the
+        extras, and the working arrays of one window."""
+        held = sum(_held(each) for each in self.inputs)
+        converted = max((a.size * 8 for a in self.extras.values()), default=0) if self.dtype else 0
+        per_entry = 64 + 32 * len(self.inputs)
+        return held + converted + min(WINDOW, self.entries) * per_entry + 32 * WINDOW
+
+
+def plan_merge(
+    base: Checkpoint,
+    inputs: Sequence[Input],
+    *,
+    dtype: str | None = None,
+    allow_base_mismatch: bool = False,
+    head: int | str | Path | None = None,
+) -> Plan:
+    """Check every delta against the base and against each other; see `deltakit.merge.merge`."""
+    _check_dtype(dtype)
+    notes = list(base.notes)
+    for each in inputs:
+        try:
+            found = check_base(each.delta, base, allow=allow_base_mismatch)
+        except DeltakitError as error:
+            raise type(error)(f"{each.label}: {error}") from None
+        notes += [f"{each.label}: {note}" for note in found]
+    chosen = chosen_head(inputs, head)
+    touched = contributions(inputs)
+    extras = common_extras(inputs, chosen)
+    config = common_config(inputs, chosen)
+    if extras and any(each.weight != 1 for each in inputs):
+        notes.append("weights do not apply to extras, which are written whole")
+    untouched = None
+    if dtype == "trained":
+        untouched, more = _trained(touched)
+        notes += more
+    elif dtype is None:
+        notes += _not_as_trained(base, touched)
+    plan = Plan(base, inputs, touched, extras, config, dtype, untouched, notes)
+    for name in touched:  # refuses dtypes that cannot be read before anything is written
+        plan.merge_kind(base.tensors[name])
+    return plan
+
+
+def _check_dtype(name: str | None) -> None:
+    known = [kind.name for kind in DTYPES.values() if kind.is_floating]
+    if name is not None and name != "trained" and name not in known:
+        raise ConfigError(f"dtype {name!r} is not one of: trained, {', '.join(known)}")
+
+
+def _trained(touched: Mapping[str, Sequence[Contribution]]) -> tuple[str | None, list[str]]:
+    """The dtype that all touched tensors were trained in, or None and a note."""
+    found: dict[str, str] = {}
+    for name, parts in touched.items():
+        dtypes = {part.delta.trained_dtype: None for part in parts}
+        if len(dtypes) > 1:
+            raise ConfigError(
+                f"tensor {name!r} was trained in {' and in '.join(dtypes)} by different deltas, so "
+                "'trained' is not clear; give a dtype"
+            )
+        if parts[0].delta.kind.is_floating:
+            found.setdefault(next(iter(dtypes)), name)
+    if len(found) <= 1:
+        return next(iter(found), None), []
+    listed = ", ".join(f"{dtype} (such as {name!r})" for dtype, name in found.items())
+    return None, [f"tensors were trained in several dtypes, {listed}; the others keep their own"]
+
+
+def _not_as_trained(base: Checkpoint, touched: Mapping[str, Sequence[Contribution]]) -> list[str]:
+    differ = [
+        (name, part.delta.trained_dtype)
+        for name, parts in touched.items()
+        for part in parts
+        if part.delta.trained_dtype != base.tensors[name].dtype
+    ]
+    if not differ:
+        return []
+    name, trained = differ[0]
+    note = (
+        f"{name!r} was trained in {trained} and is merged in {base.tensors[name].dtype}, so the "
+        "trained bits may not be reproduced; dtype='trained' (--dtype trained) does that"
+    )
+    return [note]
+
+
+def _union_size(parts: Sequence[Contribution]) -> int:
+    if len(parts) == 1:
+        return parts[0].delta.nnz
+    return len(np.unique(np.concatenate([part.delta.indices for part in parts])))
+
+
+def _held(given: Input) -> int:
+    size = sum(array.nbytes for array in given.delta.extras.values())
+    for tensor in given.delta.tensors.values():
+        arrays = (tensor.indices, tensor.values, tensor.order, tensor.base_values)
+        size += sum(array.nbytes for array in arrays if array is not None)
+    return size
+
+
+def extra_kind(plan: Plan, array: Array) -> DType:
+    """The dtype in which an extra is written."""
+    return plan.output_kind(dtype_of(array))
