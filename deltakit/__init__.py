@@ -18,16 +18,20 @@ if TYPE_CHECKING:
     from deltakit.delta import Fingerprint as Fingerprint
     from deltakit.delta import SparseDelta as SparseDelta
     from deltakit.delta import TensorDelta as TensorDelta
+    from deltakit.diff import diff as diff
     from deltakit.errors import DeltakitError as DeltakitError
     from deltakit.formats.sdelta import load as load
     from deltakit.formats.sdelta import save as save
+    from deltakit.inspect import inspect as inspect
     from deltakit.live import applied as applied
     from deltakit.live import apply as apply
+    from deltakit.merge import merge as merge
     from deltakit.selection import ID3 as ID3
     from deltakit.selection import RandomMask as RandomMask
     from deltakit.training.trainer import SparseTrainer as SparseTrainer
     from deltakit.training.tuner import SparseTuner as SparseTuner
     from deltakit.truncate import truncate as truncate
+    from deltakit.verify import verify as verify
 
 _EXPORTS = {
     "BaseIdentity": "deltakit.delta",
@@ -41,9 +45,13 @@ _EXPORTS = {
     "TensorDelta": "deltakit.delta",
     "applied": "deltakit.live",
     "apply": "deltakit.live",
+    "diff": "deltakit.diff",
+    "inspect": "deltakit.inspect",
     "load": "deltakit.formats.sdelta",
+    "merge": "deltakit.merge",
     "save": "deltakit.formats.sdelta",
     "truncate": "deltakit.truncate",
+    "verify": "deltakit.verify",
 }
 
 __all__ = ["__version__"]

@@ -24,6 +24,7 @@ from deltakit.formats.safetensors_file import TensorInfo
 from deltakit.formats.seeded import philox_words
 
 SAMPLES = 1024
+NO_BASE = "the delta records no base, so nothing shows that this is the right one"
 _STREAM = "base identity"
 
 
@@ -102,8 +103,7 @@ def check_base(delta: SparseDelta, checkpoint: Checkpoint, *, allow: bool = Fals
             notes.setdefault(note, []).append(name)
     for name, extra in delta.extras.items():
         _check_extra(name, extra, checkpoint)
-    unknown = "the delta records no base, so nothing shows that this is the right one"
-    first = [unknown] if delta.base is None else []
+    first = [NO_BASE] if delta.base is None else []
     return first + [f"{_some(names)}: {note}" for note, names in notes.items()]
 
 

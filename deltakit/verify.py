@@ -1,0 +1,100 @@
+"""Checking a delta file: every byte against its digest, and its base where that is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deltakit.delta import SparseDelta, TensorDelta
+from deltakit.errors import DeltakitError, MissingFileError
+from deltakit.formats.checkpoint import Checkpoint
+from deltakit.formats.sdelta import SdeltaFile
+from deltakit.identity import NO_BASE, check_base
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """The outcome of `verify`.
+
+    ok: whether nothing is wrong. tensors, extras, entries: how many were read and found sound.
+    problems: one line for each thing that is wrong. notes: what could not be checked.
+    """
+
+    ok: bool
+    tensors: int
+    extras: int
+    entries: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def verify(delta_path: str | Path, base: str | Path | Checkpoint | None = None) -> VerifyReport:
+    """Read all of a .sdelta file and check it, against its base too if that is given.
+
+    Every stream is read and compared with its sha256, and every tensor is held against the rules of
+    the data model; one tensor is in memory at a time. With a base, names, shapes, dtypes and the
+    digests of base values are compared. What is wrong is reported, tensor by tensor, not raised;
+    only a delta file or a base that cannot be opened raises MissingFileError, and a base that is no
+    checkpoint FormatError.
+    """
+    checkpoint = Checkpoint(base) if isinstance(base, (str, Path)) else base
+    problems: list[str] = []
+    notes: list[str] = []
+    tensors = extras = entries = 0
+    try:
+        opened = SdeltaFile(delta_path)
+    except MissingFileError:
+        raise
+    except DeltakitError as error:
+        return _report(0, 0, 0, [str(error)], [])
+    with opened as file:
+        for name in file.tensors:
+            try:
+                tensor = file.tensor(name)
+                notes += _against_base(file, tensor, checkpoint)
+            except DeltakitError as error:
+                problems.append(str(error))
+                continue
+            tensors, entries = tensors + 1, entries + tensor.nnz
+        for name in file.extras:
+            try:
+                array = file.extra(name)
+                if checkpoint is not None:
+                    check_base(SparseDelta(tensors={}, extras={name: array}), checkpoint)
+            except DeltakitError as error:
+                problems.append(str(error))
+                continue
+            extras += 1
+        if file.base is None:
+            notes.append(NO_BASE)
+        elif checkpoint is None:
+            notes.append("no base given, so only the file itself was checked")
+    return _report(tensors, extras, entries, problems, notes)
+
+
+def _against_base(
+    file: SdeltaFile, tensor: TensorDelta, checkpoint: Checkpoint | None
+) -> list[str]:
+    if checkpoint is None:
+        return []
+    alone = SparseDelta(tensors={tensor.name: tensor}, base=file.base)
+    return [note for note in check_base(alone, checkpoint) if note != NO_BASE]
+
+
+def _report(
+    tensors: int, extras: int, entries: int, problems: Sequence[str], notes: Sequence[str]
+) -> VerifyReport:
+    return VerifyReport(
+        ok=not problems,
+        tensors=tensors,
+        extras=extras,
+        entries=entries,
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
