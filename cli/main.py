@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, NamedTuple, TypeVar
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import click
 
 from deltakit import __version__
-from deltakit.cli.options import note, quiet_option
+from deltakit.cli.options import note, printable, quiet_option
 from deltakit.errors import DeltakitError, nearest
 
 T = TypeVar("T")
@@ -24,6 +27,8 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
+    "train": Entry("deltakit.cli.train", "Fine-tune an exactly budgeted set of weights."),
+    "evaluate": Entry("deltakit.cli.evaluate", "Measure a base with deltas applied."),
     "inspect": Entry("deltakit.cli.inspect", "Show what a delta holds and what it costs."),
     "truncate": Entry("deltakit.cli.truncate", "Keep the best entries of a delta, exactly."),
     "merge": Entry("deltakit.cli.merge", "Write a base with deltas merged into it."),
@@ -78,6 +83,7 @@ class LazyGroup(click.Group):
         """Run a command; what the user can mend becomes one line on stderr and exit code 1."""
         if os.environ.get("NO_COLOR"):
             ctx.color = False
+        _stop_by_exception()
         if os.environ.get("DELTAKIT_DEBUG"):
             return super().invoke(ctx)
         return _explained(ctx, lambda: super(LazyGroup, self).invoke(ctx))
@@ -107,8 +113,18 @@ def _explained(ctx: click.Context, run: Callable[[], T]) -> T:
         ctx.exit(130)
 
 
+def _stop_by_exception() -> None:
+    """Let SIGTERM unwind like Ctrl-C does, so that no temporary file is left behind."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))
 
 
 def _system_error(error: OSError) -> str:

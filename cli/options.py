@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -20,7 +20,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 
 
-class Budget(click.ParamType):
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]  # generic in newer releases of click only
+else:
+    ParamType = click.ParamType
+
+
+class Budget(ParamType):
     """`100k`, `2.5m`, `5000` become an int; a share such as `0.1%` stays text, for the library."""
 
     name = "budget"
@@ -36,10 +42,10 @@ class Budget(click.ParamType):
         return str(value).strip() if str(value).strip().endswith("%") else count
 
 
-class Listed(click.ParamType):
+class Listed(ParamType):
     """A comma-separated list of another type: `25k,50k` or `0.5,0.5`."""
 
-    def __init__(self, item: click.ParamType) -> None:
+    def __init__(self, item: ParamType) -> None:
         self.item = item
         self.name = f"{item.name},..."
 
@@ -110,17 +116,30 @@ def _finite(data: Any) -> Any:
     return str(data) if isinstance(data, Path) else data
 
 
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Rows of text as aligned columns, the first row being the heading; `right`: numeric columns."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            c.rjust(w) if i in right else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+def count(noun: str, things: Sized) -> str:
+    """`1 file`, `2 files`."""
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped: names in files from strangers reach terminals."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
+    """Rows of text as aligned columns, a heading first if there is one.
+
+    right: the positions of columns of numbers, which align at their ends.
+    """
+    numeric = set(right)
+    columns = [_aligned(c, i in numeric) for i, c in enumerate(zip(*rows, strict=True))]
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+
+
+def _aligned(column: Sequence[str], right: bool) -> list[str]:
+    cells = [printable(cell) for cell in column]
+    width = max(len(cell) for cell in cells)
+    return [cell.rjust(width) if right else cell.ljust(width) for cell in cells]
 
 
 @contextmanager

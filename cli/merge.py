@@ -1,0 +1,132 @@
+"""`deltakit merge`: a base with deltas in it, as a new file or folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from deltakit.budget import format_bytes
+from deltakit.cli.options import (
+    NUMBERS,
+    PATH,
+    count,
+    force_option,
+    json_option,
+    mismatch_option,
+    note,
+    output_option,
+    print_json,
+    progress,
+)
+from deltakit.errors import ConfigError, MissingFileError
+
+
+@click.command()
+@click.argument("paths", type=PATH, nargs=-1, required=True, metavar="BASE DELTA...")
+@output_option("A file or folder to write; by default BASE-DELTA beside DELTA.")
+@click.option(
+    "--weights", type=NUMBERS, metavar="W,...", help="One factor per delta, such as 0.5,0.5."
+)
+@click.option(
+    "--dtype",
+    metavar="DTYPE",
+    help="'trained' reproduces the trained bits; bfloat16 and others convert the merged weights.",
+)
+@click.option(
+    "--head",
+    metavar="FROM",
+    help="The delta (path, or position from 0) whose extras win where several deltas differ.",
+)
+@click.option("--dry-run", is_flag=True, help="Check everything and tell sizes; write nothing.")
+@mismatch_option
+@force_option
+@json_option
+def command(
+    paths: tuple[Path, ...],
+    output: Path | None,
+    weights: tuple[float, ...] | None,
+    dtype: str | None,
+    head: str | None,
+    dry_run: bool,
+    allow_base_mismatch: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write a base with deltas merged into it.
+
+    BASE is a .safetensors file or a folder with a checkpoint, single or sharded; it is not changed.
+    Arguments are told apart by content, so their order matters among deltas only. Every delta is
+    checked against BASE before anything is written.
+
+    \b
+    Examples:
+      deltakit merge base.safetensors delta.sdelta
+      deltakit merge model/ a.sdelta b.sdelta --weights 0.5,0.5 -o both/
+      deltakit merge model/ delta.sdelta --dry-run
+    """
+    from deltakit.merge import merge
+
+    base, deltas = split(paths)
+    with progress("Merging") as advance:
+        report = merge(
+            base,
+            deltas,
+            output,
+            weights=weights,
+            dtype=dtype,
+            allow_base_mismatch=allow_base_mismatch,
+            force=force,
+            dry_run=dry_run,
+            head=head,
+            progress=advance,
+        )
+    for told in report.notes:
+        note(f"Note: {told}")
+    if as_json:
+        print_json(report.as_dict())
+        return
+    what = "would be written, " if dry_run else ""
+    click.echo(
+        f"{report.output}: {what}{format_bytes(report.bytes)} in {count('file', report.files)}, "
+        f"{report.entries:,} entries of {count('delta', report.deltas)} merged"
+    )
+    if report.extras:
+        click.echo(f"whole tensors written: {', '.join(report.extras)}")
+    if dry_run:
+        click.echo(f"memory needed: about {format_bytes(report.peak_memory)}")
+
+
+def split(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
+    """The base and the deltas among `paths`, told apart by content.
+
+    A broken file that calls itself .sdelta counts as a delta, so that reading it tells what is
+    wrong. Raises MissingFileError for a path that does not exist and ConfigError unless there is
+    exactly one base and at least one delta.
+    """
+    from deltakit.formats.sdelta import is_sdelta
+
+    for path in paths:
+        if not path.exists():
+            raise MissingFileError(f"no such file or folder: {path}")
+    deltas = [p for p in paths if p.is_file() and (p.suffix == ".sdelta" or is_sdelta(p))]
+    bases = [p for p in paths if p not in deltas]
+    if not deltas:
+        raise ConfigError(f"no delta given: {', '.join(map(str, bases))} is no .sdelta file")
+    if not bases:
+        raise ConfigError(f"no base given{_made_for(deltas[0])}; write: deltakit merge BASE DELTA")
+    if len(bases) > 1:
+        raise ConfigError(
+            f"a merge takes one base, found {len(bases)}: {', '.join(map(str, bases))}; "
+            "the others are no .sdelta files"
+        )
+    return bases[0], deltas
+
+
+def _made_for(delta: Path) -> str:
+    from deltakit.formats.sdelta import SdeltaFile
+
+    with SdeltaFile(delta) as file:
+        model = None if file.base is None else file.base.model_id
+    return "" if model is None else f" ({delta} was made for {model})"

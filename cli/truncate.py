@@ -1,0 +1,95 @@
+"""`deltakit truncate`: fewer entries, exactly as many as asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from deltakit.budget import format_bytes
+from deltakit.cli.options import (
+    BUDGET,
+    PATH,
+    force_option,
+    json_option,
+    note,
+    output_option,
+    print_json,
+)
+from deltakit.errors import OutputError
+from deltakit.formats.atomic import refuse_existing
+
+
+@click.command()
+@click.argument("delta", type=PATH)
+@click.option(
+    "-b",
+    "--budget",
+    type=BUDGET,
+    required=True,
+    metavar="N",
+    help="Entries to keep: 100k, 2.5m, 5000, or a share of the base such as 0.1%.",
+)
+@click.option(
+    "--by",
+    type=click.Choice(["magnitude", "order"]),
+    default="magnitude",
+    show_default=True,
+    help="Keep the largest changes, or those unmasked first (nested budgets).",
+)
+@click.option("--base", type=PATH, help="The base, for deltas that do not carry base values.")
+@output_option("Where to write; by default DELTA's name with the number of entries, beside it.")
+@force_option
+@json_option
+def command(
+    delta: Path,
+    budget: int | str,
+    by: str,
+    base: Path | None,
+    output: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Keep the best entries of a delta, exactly.
+
+    Writes a delta of exactly N entries (or all of them, where DELTA has fewer). Ties break by
+    tensor order, then by lower index, so the same command gives the same bytes everywhere.
+
+    \b
+    Examples:
+      deltakit truncate delta.sdelta --budget 100k
+      deltakit truncate delta.sdelta --budget 0.1% --by order -o small.sdelta
+    """
+    from deltakit.formats.sdelta import load, save
+    from deltakit.truncate import truncate
+
+    if output is not None:
+        _check_output(output, delta, force)
+    whole = load(delta)
+    small = truncate(whole, budget, "order" if by == "order" else "magnitude", base)
+    target = output or delta.with_name(f"{delta.stem}-{small.nnz}.sdelta")
+    _check_output(target, delta, force)
+    save(small, target, values=_stored_as(delta))
+    size = target.stat().st_size
+    if as_json:
+        print_json({"output": target, "entries": small.nnz, "of": whole.nnz, "bytes": size})
+        return
+    if small.nnz == whole.nnz:
+        note(f"{delta} has {whole.nnz:,} entries, within the budget: nothing was dropped.")
+    click.echo(f"{target}: {small.nnz:,} of {whole.nnz:,} entries by {by}, {format_bytes(size)}")
+
+
+def _check_output(output: Path, delta: Path, force: bool) -> None:
+    if output.exists() and delta.exists() and output.samefile(delta):
+        raise OutputError(f"{output} is the delta to be truncated; give another output")
+    refuse_existing(output, force)
+
+
+def _stored_as(delta: Path) -> str | None:
+    """The dtype in which the file stores its add values, so that they stay as small as they are;
+    None, which loses nothing, where tensors differ."""
+    from deltakit.formats.sdelta import SdeltaFile
+
+    with SdeltaFile(delta) as file:
+        found = {record.value_dtype for record in file.tensors.values() if record.mode == "add"}
+    return found.pop() if len(found) == 1 and found <= {"bfloat16", "float16"} else None

@@ -1,0 +1,47 @@
+"""`deltakit verify`: are the bytes of a delta what they were, and does the base fit?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from deltakit.cli.options import PATH, json_option, note, print_json, printable
+
+
+@click.command()
+@click.argument("delta", type=PATH)
+@click.option("--base", type=PATH, help="A checkpoint that must be the delta's base.")
+@json_option
+def command(delta: Path, base: Path | None, as_json: bool) -> None:
+    """Check a delta's bytes, and its base if given.
+
+    Reads the whole file against its digests and the rules of the format. With --base, names,
+    shapes, dtypes and base values are compared as merging would. Exits with 1 when anything is
+    wrong.
+
+    \b
+    Examples:
+      deltakit verify delta.sdelta
+      deltakit verify delta.sdelta --base model/
+    """
+    from deltakit.verify import verify
+
+    found = verify(delta, base)
+    if as_json:
+        print_json({"path": delta, **found.as_dict()})
+    else:
+        for told in found.notes:
+            note(f"Note: {told}")
+        if found.problems:
+            more = len(found.problems) - 1
+            rest = f"; and {more} more such problems (--json lists all)" if more else ""
+            click.echo(f"Error: {printable(found.problems[0])}{rest}", err=True)
+    if not found.ok:
+        click.get_current_context().exit(1)
+    if not as_json:
+        fits = "" if base is None else f", and {base} is its base"
+        click.echo(
+            f"{delta}: sound{fits}; {found.entries:,} entries, sparse tensors: {found.tensors:,}, "
+            f"extras: {found.extras:,}"
+        )
