@@ -28,7 +28,10 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], Any]] = {
         BertForMaskedLM,
         BertConfig(**SMALL, num_attention_heads=2, intermediate_size=24),
     ),
-    "gpt2, Conv1D and tied": (GPT2LMHeadModel, GPT2Config(60, 32, n_embd=16, n_layer=2, n_head=2)),
+    "gpt2, Conv1D and tied": (
+        GPT2LMHeadModel,
+        GPT2Config(vocab_size=60, n_positions=32, n_embd=16, n_layer=2, n_head=2),
+    ),
     "llama, grouped queries": (
         LlamaForCausalLM,
         LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24),
@@ -85,7 +88,7 @@ def test_applying_is_refused_on_the_wrong_model_and_leaves_it_alone(tmp_path: Pa
     before = {n: t.clone() for n, t in other.state_dict().items()}
     with pytest.raises(BaseMismatchError, match="the delta belongs to another base"):
         dk.apply(other, delta)
-    with pytest.raises(CoordinateError, match="the model has no tensor 'model"):
+    with pytest.raises(CoordinateError, match="the model has no tensor 'lm_head"):
         dk.apply(torch.nn.Linear(2, 2), delta)
     assert all(torch.equal(t, before[n]) for n, t in other.state_dict().items())
     dk.apply(other, delta, allow_base_mismatch=True).revert()
