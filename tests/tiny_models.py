@@ -126,7 +126,13 @@ def write_gpt2(folder: Path) -> Path:
     """A decoder with transposed layers and a tied output layer."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(SPECIAL) + len(WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=32
+        vocab_size=len(SPECIAL) + len(WORDS),
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        bos_token_id=SPECIAL.index("<s>"),
+        eos_token_id=SPECIAL.index("</s>"),
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
     decoder_tokenizer().save_pretrained(folder)

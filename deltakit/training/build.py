@@ -37,6 +37,7 @@ _REMEMBERED = [
     "schedule",
     "allocation",
     "unmask_fraction",
+    "precondition",
     "age",
     "lr",
     "head_lr",

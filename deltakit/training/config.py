@@ -13,6 +13,7 @@ from deltakit.budget import parse_budget
 from deltakit.errors import ConfigError, nearest
 from deltakit.selection.allocation import ALLOCATIONS
 from deltakit.selection.methods import METHODS
+from deltakit.selection.precondition import PRECONDITIONS
 from deltakit.selection.schedules import SCHEDULES
 from deltakit.training.presets import PRESETS
 from deltakit.training.settings import (
@@ -31,6 +32,7 @@ from deltakit.training.tasks import TASKS
 
 MODEL, DATA, METHOD = "Model", "Data and task", "Method"
 OPTIMIZATION, EVALUATION, RUN = "Optimization", "Evaluation", "Run"
+_METHOD_SETTINGS = ("eps", "exp", "schedule", "allocation", "unmask_fraction", "precondition")
 REQUIRED = ("model", "data", "task", "budget", "output_dir")
 
 
@@ -98,6 +100,9 @@ class TrainConfig:
     )
     unmask_fraction: float | None = setting(
         None, real(0, 1, above=True), METHOD, "share of all steps that unmask entries"
+    )
+    precondition: str | None = setting(
+        None, _one_of(*PRECONDITIONS), METHOD, "what scores are made of: the gradient, or balanced"
     )
     target: tuple[str, ...] = setting(
         (), many(text("PATTERN")), METHOD, "tensors to train; all if unset"
@@ -183,7 +188,7 @@ class TrainConfig:
         if self.early_stopping_patience and self.eval_strategy == "no":
             raise ConfigError("early_stopping_patience needs evaluation; eval_strategy is no")
         accepted = {f.name for f in fields(METHODS[self.method])}
-        for name in ("eps", "exp", "schedule", "allocation", "unmask_fraction"):
+        for name in _METHOD_SETTINGS:
             if getattr(self, name) is not None and name not in accepted:
                 raise ConfigError(f"setting {name} does not apply to method {self.method}")
 

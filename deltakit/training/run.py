@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -92,11 +92,14 @@ def _results(
     """The content of metrics.json; evaluates the end of training where nothing has yet."""
     delta = trainer.delta()
     step = trainer.state.global_step
-    final = _result(delta.nnz, step, _final_metrics(trainer), folder.delta)
+    names = prepared.problem.metric_names
+    last = _result(_last_evaluation(trainer), step, names, folder.delta)
     marks = []
-    for row in trainer.budget_results:
-        metrics = metrics_of({f"budget_{name}": v for name, v in row["metrics"].items()})
-        marks.append(_result(row["budget"], row["step"], metrics, Path(row["path"])))
+    for record in trainer.state.log_history:
+        if "budget_entries" in record:
+            entries = int(record["budget_entries"])
+            result = _result(record, int(record["step"]), names, trainer.budget_path(entries))
+            marks.append({"entries": entries, **result})
     watcher = next(c for c in trainer.callback_handler.callbacks if isinstance(c, BestDelta))
     best = watcher.best()
     return {
@@ -116,28 +119,30 @@ def _results(
         },
         "extras": {"weights": delta.extra_weights, "names": list(delta.extras)},
         "marks": marks,
-        "final": final,
-        "best": best and _result(None, best["step"], metrics_of(best), folder.best),
+        "final": {"entries": delta.nnz, **last},
+        "best": None if best is None else _result(best, best["step"], names, folder.best),
         "steps": step,
         "versions": _versions(),
     }
 
 
 def _result(
-    entries: int | None, step: int, metrics: Mapping[str, float], path: Path
+    record: Mapping[str, Any], step: int, names: Sequence[str], path: Path
 ) -> dict[str, Any]:
-    size = path.stat().st_size
-    counted = {} if entries is None else {"entries": entries}
-    return {**counted, "step": step, "metrics": metrics, "path": str(path), "bytes": size}
+    found = metrics_of(record)
+    metrics = {name: found[name] for name in names if name in found}
+    return {"step": step, "metrics": metrics, "path": str(path), "bytes": path.stat().st_size}
 
 
-def _final_metrics(trainer: SparseTrainer) -> dict[str, float]:
+def _last_evaluation(trainer: SparseTrainer) -> Mapping[str, Any]:
+    """The record of the evaluation at the last step, made now where nothing has made it yet."""
     if trainer.eval_dataset is None:
         return {}
     for record in reversed(trainer.state.log_history):
         if record["step"] == trainer.state.global_step and metrics_of(record):
-            return metrics_of(record)
-    return metrics_of(trainer.evaluate())
+            return record
+    metrics: Mapping[str, Any] = trainer.evaluate()
+    return metrics
 
 
 def _versions() -> dict[str, str]:

@@ -151,5 +151,6 @@ def _number(value: Any, expected: str) -> float:
 def _budget(value: Any) -> str | int:
     if type(value) not in (str, int):
         raise ValueError("expected a number of entries such as 100k or 0.1%")
+    value = value.strip() if isinstance(value, str) else value
     parse_budget(value, total=1000)  # a share is resolved later; here only its form is checked
-    return value if isinstance(value, int) else str(value).strip()
+    return int(value) if str(value).isdecimal() else value
