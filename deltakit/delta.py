@@ -271,8 +271,14 @@ class SparseDelta:
 
 
 def in_tensor_order(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping sorted bytewise by name, the order that deltakit uses everywhere."""
-    return {name: mapping[name] for name in sorted(mapping, key=lambda n: n.encode())}
+    """The mapping sorted bytewise by name, the order that deltakit uses everywhere.
+
+    Raises DeltaError for a name that has no UTF-8 form (a lone surrogate).
+    """
+    try:
+        return {name: mapping[name] for name in sorted(mapping, key=lambda n: n.encode())}
+    except UnicodeEncodeError as error:
+        raise DeltaError(f"the name {error.object!r} cannot be written as UTF-8") from None
 
 
 def _same_bits(a: Array | None, b: Array | None) -> bool:
