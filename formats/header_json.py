@@ -62,7 +62,7 @@ def dumps(header: SdeltaHeader) -> str:
             for extra in header.extras.values()
         }
     for key, value in (("config", header.config), ("provenance", header.provenance)):
-        strict_json.check_plain(dict(value), key)
+        strict_json.check_plain(dict(value), key, depth=1)
         if value:
             content[key] = dict(value)
     text = strict_json.dumps(content)
@@ -119,8 +119,7 @@ def _rows(content: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
         raise FormatError(f"{where}: columns, common and tensors of the sdelta header do not fit")
     if not set(common) <= set(COLUMNS) or columns != [c for c in COLUMNS if c not in common]:
         raise FormatError(
-            f"{where}: the sdelta header has columns {columns} and {sorted(common)}, "
-            f"expected those of version {VERSION}"
+            f"{where}: the columns of the sdelta header are not those of version {VERSION}"
         )
     for row in rows:
         if not isinstance(row, list) or len(row) != len(columns):
@@ -199,5 +198,5 @@ def _free(content: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     found = content.get(key, {})
     if not isinstance(found, dict):
         raise FormatError(f"{where}: {key} is no JSON object")
-    strict_json.check_plain(found, f"{where}: {key}")
+    strict_json.check_plain(found, f"{where}: {key}", depth=1)
     return found

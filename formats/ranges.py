@@ -104,8 +104,11 @@ def _of_columns(columns: Array, height: int, width: int) -> Array:
 
 def _slices(place: Place, axis: int) -> int:
     """How many whole slices along `axis` make up the support."""
-    if len(place.shape) < 2 or not place.numel:
-        raise FormatError(f"{place.where}: shape {list(place.shape)} has no rows or columns")
+    if len(place.shape) < 2 or not place.numel or not place.count:
+        raise FormatError(
+            f"{place.where}: {place.count} entries of shape {list(place.shape)} cannot be whole "
+            "rows or columns"
+        )
     length = place.numel // place.shape[axis]
     if place.count % length:
         raise FormatError(

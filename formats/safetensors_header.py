@@ -154,7 +154,7 @@ def _entry(name: str, fields: Any, where: str) -> Entry:
         bits = _elements(shape, what) * BITS[code]
         if bits % 8 or bits // 8 != end - start:
             raise FormatError(
-                f"{what}: {code} of shape {shape} takes {bits / 8:g} bytes, "
+                f"{what}: {code} of shape {shape[:8]} takes {bits / 8:g} bytes, "
                 f"its data_offsets {offsets} hold {end - start}"
             )
     return Entry(code, tuple(shape), start, end)

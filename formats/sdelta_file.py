@@ -174,7 +174,8 @@ class SdeltaFile:
         if prefix[8:] != MAGIC:
             raise FormatError(f"{where}: not an .sdelta file")
         length = safetensors_header.header_size(prefix, self.size, where)
-        return parse_header(prefix + self._file.read(length - len(prefix)), self.size, where)
+        rest = self._file.read(max(0, length - len(prefix)))
+        return parse_header(prefix + rest, self.size, where)
 
     def _read(self, start: int, end: int, sha256: str | None, what: str) -> bytes:
         """Bytes [start, end) of the body, whose size the header has been checked against."""

@@ -65,21 +65,24 @@ def compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def check_plain(value: Any, what: str = "JSON") -> None:
-    """Raise FormatError unless `value` is JSON that every reader gives back unchanged."""
-    pending: list[tuple[Any, int]] = [(value, 0)]
+def check_plain(value: Any, what: str = "JSON", depth: int = 0) -> None:
+    """Raise FormatError unless `value` is JSON that every reader gives back unchanged.
+
+    depth: levels of nesting that `value` already stands in.
+    """
+    pending: list[tuple[Any, int]] = [(value, depth)]
     while pending:
-        item, depth = pending.pop()
-        if depth > MAX_DEPTH:
+        item, level = pending.pop()
+        if level > MAX_DEPTH:
             raise FormatError(f"{what}: JSON is nested deeper than {MAX_DEPTH} levels")
         if isinstance(item, dict):
             for key in item:
                 if not isinstance(key, str):
                     raise FormatError(f"{what}: the key {key!r} is {type(key).__name__}, not str")
                 check_text(key, what)
-            pending += [(child, depth + 1) for child in item.values()]
+            pending += [(child, level + 1) for child in item.values()]
         elif isinstance(item, (list, tuple)):
-            pending += [(child, depth + 1) for child in item]
+            pending += [(child, level + 1) for child in item]
         else:
             _check_scalar(item, what)
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from deltakit.delta import TensorDelta
 from deltakit.dtypes import DTYPES, Array, DType
-from deltakit.errors import ConfigError, DeltaError, FormatError, nearest
+from deltakit.errors import ConfigError, DeltaError, FormatError
 from deltakit.formats import bits
 
 WIDTHS = ("float32", "bfloat16", "float16")  # what `add` values may be stored as on request
@@ -19,11 +19,7 @@ def value_dtype(tensor: TensorDelta, values: str | None) -> DType:
     of `WIDTHS`.
     """
     if values is not None and values not in WIDTHS:
-        known = list(WIDTHS)
-        raise ConfigError(
-            f"values cannot be stored as {values!r}{nearest(values, known) or '; known: '}"
-            f"{'' if nearest(values, known) else ', '.join(known)}"
-        )
+        raise ConfigError(f"values cannot be stored as {values!r}; known: {', '.join(WIDTHS)}")
     if tensor.mode == "set":
         return tensor.kind
     return DTYPES[values or str(tensor.values.dtype)]
