@@ -70,7 +70,7 @@ class LazyGroup(click.Group):
         """As click does it, but a command that does not exist is answered with the nearest."""
         name = click.utils.make_str(args[0])
         if name not in COMMANDS and not name.startswith("-"):
-            hint = nearest(name, self.list_commands(ctx)) or f"; known: {', '.join(COMMANDS)}"
+            hint = nearest(name, self.list_commands(ctx), 1) or f"; known: {', '.join(COMMANDS)}"
             ctx.fail(f"no command {name!r}{hint}")
         return super().resolve_command(ctx, args)
 
@@ -95,12 +95,12 @@ def _explained(ctx: click.Context, run: Callable[[], T]) -> T:
     except DeltakitError as error:
         raise click.ClickException(_one_line(error)) from None
     except ModuleNotFoundError as error:
-        extra = _OPTIONAL.get((error.name or "").partition(".")[0])
-        if extra is None:
+        library = (error.name or "").partition(".")[0]
+        if library not in _OPTIONAL:
             raise
         raise click.ClickException(
-            f"this needs {error.name}, which is not installed; "
-            f"pip install 'deltakit-sparse[{extra}]'"
+            f"this needs {library}, which is not installed; "
+            f"pip install 'deltakit-sparse[{_OPTIONAL[library]}]'"
         ) from None
     except BrokenPipeError:
         raise  # the reader of stdout has gone; click ends quietly

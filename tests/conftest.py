@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,7 +15,10 @@ import pytest
 from hypothesis import settings
 from safetensors.numpy import save_file
 
+from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.formats.checkpoint import Checkpoint
+from deltakit.formats.sdelta import save
+from deltakit.identity import identify
 
 # Machines under load must not make a test fail, and CI must try the same examples every time.
 settings.register_profile("deltakit", deadline=None, derandomize=True)
@@ -42,4 +46,29 @@ def write_base(path: Path, seed: int) -> Path:
         "e": np.zeros(0, np.float32),
     }
     save_file(tensors, path)
+    return path
+
+
+@pytest.fixture
+def delta_file(tmp_path: Path, checkpoint: Checkpoint) -> Path:
+    """`delta.sdelta` beside the base of `checkpoint`: 100 entries in `w`, 10 in `b`, with order."""
+    random = np.random.default_rng(2)
+    tensors = {}
+    for name, count in (("w", 100), ("b", 10)):
+        info = checkpoint.tensors[name]
+        tensors[name] = TensorDelta(
+            name=name,
+            shape=info.shape,
+            dtype="float32",
+            mode="add",
+            indices=np.sort(random.choice(info.numel, count, replace=False)),
+            values=random.standard_normal(count).astype(np.float32),
+            order=random.integers(0, 1000, count),
+        )
+    base = identify(checkpoint, {name: tensor.indices for name, tensor in tensors.items()})
+    delta = SparseDelta(
+        tensors=tensors, base=replace(base, model_id="org/base"), provenance={"task": "news"}
+    )
+    path = tmp_path / "delta.sdelta"
+    save(delta, path)
     return path
