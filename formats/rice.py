@@ -48,7 +48,10 @@ def decode_set(data: bytes, count: int, universe: int, what: str) -> Array:
     if not data or data[0] > MAX_PARAMETER or len(data) <= 1 + tail:
         raise FormatError(f"{what}: {len(data)} bytes cannot hold {count} Rice coded indices")
     parameter = data[0]
-    quotients = ones(data[1 : len(data) - tail], count, what)
+    unary = data[1 : len(data) - tail]
+    quotients = ones(unary, count, what)
+    if quotients[-1] >> 3 != len(unary) - 1:
+        raise FormatError(f"{what}: the index stream goes on behind its last entry")
     quotients -= np.arange(count)  # now the sums of the quotients so far
     if int(quotients[-1]) << parameter >= universe:
         raise _beyond(what, universe)
@@ -65,7 +68,7 @@ def decode_set(data: bytes, count: int, universe: int, what: str) -> Array:
 def ones(stream: bytes, count: int, what: str) -> Array:
     """Positions of the 1 bits of `stream`, int64 [count], most significant bit of each byte first.
 
-    Raises FormatError unless there are exactly `count` of them, the last in the last byte.
+    Raises FormatError unless there are exactly `count` of them.
     """
     positions = np.empty(count, np.int64)
     found = 0
