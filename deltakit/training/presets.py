@@ -16,11 +16,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "allocation": "proportional",
         "precondition": "factored",
         "schedule": "uniform",
-        "unmask_fraction": 0.03,
+        "unmask_fraction": 0.1,
         "eps": 1.0,
         "exp": 0.0,
         "age": "entry",
-        "lr": 1e-2,
+        "lr": 2e-2,
         "exclude": EMBEDDINGS,
     },
     "id3-paper": {
@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "random-default": {
         "method": "random",
         "age": "entry",
-        "lr": 1e-2,
+        "lr": 2e-2,
         "exclude": EMBEDDINGS,
     },
 }
