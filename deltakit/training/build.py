@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,7 +175,10 @@ def _config_changes(changes: Mapping[str, Any], model: Any) -> dict[str, Any] | 
 
 def _provenance(config: TrainConfig) -> dict[str, Any]:
     settings = config.as_dict()
-    return {"tool": f"deltakit {__version__}", **{name: settings[name] for name in _REMEMBERED}}
+    told = {name: settings[name] for name in _REMEMBERED}
+    for name in ("model", "data"):  # a file that travels says nothing of its maker's folders
+        told[name] = Path(told[name]).name if Path(told[name]).exists() else told[name]
+    return {"tool": f"deltakit {__version__}", **told}
 
 
 def _never(config: TrainConfig) -> bool:
