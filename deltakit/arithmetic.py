@@ -33,8 +33,8 @@ class Contribution:
 
     def between(self, start: int, stop: int) -> slice:
         """The positions of its entries with flat indices in [start, stop)."""
-        low, high = np.searchsorted(self.delta.indices, [start, stop])
-        return slice(int(low), int(high))
+        indices = self.delta.indices
+        return slice(int(indices.searchsorted(start)), int(indices.searchsorted(stop)))
 
 
 def cast(words: Array, source: DType, target: DType) -> Array:
@@ -61,9 +61,13 @@ def merged_words(
     Raises DeltaError when `set` deltas of weight 1 disagree on an entry, when a dtype has no
     arithmetic, and when a `set` value that must be weighted is not finite.
     """
-    result = base.copy()
     if not at.size:
-        return result
+        return base.copy()
+    if len(contributions) == 1 and contributions[0].delta.mode == "add":  # by far the most common
+        (only,) = contributions
+        values = only.delta.values[only.between(int(at[0]), int(at[-1]) + 1)]
+        return _added(base, [(only.weight, values)], kind)
+    result = base.copy()
     written, summed = np.zeros(len(at), bool), np.zeros(len(at), bool)
     terms = []  # (contribution, positions in its delta, positions in `at`)
     for contribution in contributions:

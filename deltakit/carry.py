@@ -57,7 +57,7 @@ def carried_files(base: Checkpoint) -> tuple[list[Carried], list[str]]:
 
 
 def copy_carried(files: list[Carried], folder: Path) -> None:
-    """Copy the files into `folder`, keeping their times and permissions to be written to."""
+    """Copy the files into `folder` under the names they keep, as ordinary writable files."""
     for file in files:
         target = folder / file.name
         target.parent.mkdir(parents=True, exist_ok=True)

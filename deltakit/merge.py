@@ -16,10 +16,11 @@ from typing import Any
 from deltakit.budget import format_bytes
 from deltakit.carry import Carried, carried_files, copy_carried, merged_config
 from deltakit.errors import ConfigError, MissingFileError, OutputError
-from deltakit.formats import rewrite, sdelta
+from deltakit.formats import rewrite
 from deltakit.formats.atomic import replacing
 from deltakit.formats.atomic_folder import replacing_folder
 from deltakit.formats.checkpoint import Checkpoint
+from deltakit.formats.sdelta import is_sdelta
 from deltakit.merge_files import Overflows, WeightFile, index_bytes, weight_files
 from deltakit.merge_inputs import Given, read_inputs
 from deltakit.merge_plan import Plan, plan_merge
@@ -140,7 +141,7 @@ def merge(
 
 
 def _refuse_delta(base: str | Path) -> None:
-    if Path(base).is_file() and sdelta.is_sdelta(base):
+    if Path(base).is_file() and is_sdelta(base):
         raise ConfigError(f"{base} is a delta; the first argument of a merge is the base")
 
 

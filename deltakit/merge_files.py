@@ -44,6 +44,7 @@ class Overflows:
         return [
             f"tensor {name!r}: {count} entries that were finite are infinite or NaN after the merge"
             for name, count in self.counts.items()
+            if count
         ]
 
 
@@ -127,6 +128,7 @@ def _changed(
 ) -> Iterator[Piece]:
     """The tensor window by window: read, cast to `kind`, merged, cast to `out`."""
     itemsize = info.kind.itemsize
+    buffer = np.empty(min(WINDOW, info.numel), info.kind.words)
     with info.file.open("rb", buffering=0) as file:
         for start in range(0, info.numel, WINDOW):
             stop = min(start + WINDOW, info.numel)
@@ -135,7 +137,7 @@ def _changed(
             if not at.size and info.kind is kind is out:
                 yield Copied(info.file, offset, (stop - start) * itemsize)
                 continue
-            words = cast(_read(file, info, offset, stop - start), info.kind, kind)
+            words = cast(_read(file, info, offset, buffer[: stop - start]), info.kind, kind)
             before = words[at - start]
             after = merged_words(before, at, contributions, kind)
             _count_overflows(info.name, before, after, kind, overflows)
@@ -146,15 +148,17 @@ def _changed(
 def _count_overflows(
     name: str, before: Array, after: Array, kind: DType, overflows: Overflows
 ) -> None:
-    if kind.is_floating:
-        with np.errstate(invalid="ignore"):  # signalling NaNs
-            was, now = (np.isfinite(words.view(kind.numpy)) for words in (before, after))
-        if count := int((was & ~now).sum()):
+    if not kind.is_floating:
+        return
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        broken = ~np.isfinite(after.view(kind.numpy))
+        if broken.any():
+            count = int(np.isfinite(before[broken].view(kind.numpy)).sum())
             overflows.counts[name] = overflows.counts.get(name, 0) + count
 
 
-def _read(file: BinaryIO, info: TensorInfo, offset: int, count: int) -> Array:
-    words = np.empty(count, info.kind.words)
+def _read(file: BinaryIO, info: TensorInfo, offset: int, words: Array) -> Array:
+    """Fill `words` from the file at `offset`."""
     rest = words.view(np.uint8).data
     file.seek(offset)
     while rest.nbytes:

@@ -13,7 +13,7 @@ from deltakit.arithmetic import Contribution
 from deltakit.delta import SparseDelta
 from deltakit.dtypes import Array
 from deltakit.errors import ConfigError, DeltaError
-from deltakit.formats import sdelta
+from deltakit.formats.sdelta import load
 
 Given = SparseDelta | str | os.PathLike[str]
 T = TypeVar("T")
@@ -51,7 +51,7 @@ def read_inputs(
         if isinstance(item, SparseDelta):
             inputs.append(Input(f"delta {number}", None, item, factor))
         else:
-            inputs.append(Input(str(item), Path(item), sdelta.load(item), factor))
+            inputs.append(Input(str(item), Path(item), load(item), factor))
     return inputs
 
 

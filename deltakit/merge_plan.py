@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deltakit.arithmetic import Contribution
+from deltakit.arithmetic import Contribution, union_between
 from deltakit.dtypes import DTYPES, Array, DType, dtype_of
 from deltakit.errors import ConfigError, DeltakitError
 from deltakit.formats.checkpoint import Checkpoint
@@ -60,11 +60,14 @@ class Plan:
     @property
     def peak_memory(self) -> int:
         """Upper estimate, in bytes, of what the merge keeps in memory at once: the deltas, the
-        extras, and the working arrays of one window."""
+        extras, the working arrays of one window, and what describes the tensors."""
         held = sum(_held(each) for each in self.inputs)
         converted = max((a.size * 8 for a in self.extras.values()), default=0) if self.dtype else 0
-        per_entry = 64 + 32 * len(self.inputs)
-        return held + converted + min(WINDOW, self.entries) * per_entry + 32 * WINDOW
+        densest = max((_densest_window(parts) for parts in self.touched.values()), default=0)
+        largest = max((info.numel for info in self.base.tensors.values()), default=0)
+        window = 24 * min(WINDOW, largest) + densest * (64 + 32 * len(self.inputs))
+        descriptions = 2**20 + 4096 * len(self.base.tensors)
+        return held + converted + window + descriptions
 
 
 def plan_merge(
@@ -146,7 +149,13 @@ def _not_as_trained(base: Checkpoint, touched: Mapping[str, Sequence[Contributio
 def _union_size(parts: Sequence[Contribution]) -> int:
     if len(parts) == 1:
         return parts[0].delta.nnz
-    return len(np.unique(np.concatenate([part.delta.indices for part in parts])))
+    starts = range(0, parts[0].delta.numel, WINDOW)
+    return sum(len(union_between(parts, start, start + WINDOW)) for start in starts)
+
+
+def _densest_window(parts: Sequence[Contribution]) -> int:
+    counts = sum(int(np.bincount(part.delta.indices // WINDOW).max()) for part in parts)
+    return min(WINDOW, counts)
 
 
 def _held(given: Input) -> int:
