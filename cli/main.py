@@ -27,6 +27,7 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
+    "demo": Entry("deltakit.cli.demo", "The whole story on an embedded model, in minutes."),
     "train": Entry("deltakit.cli.train", "Fine-tune an exactly budgeted set of weights."),
     "evaluate": Entry("deltakit.cli.evaluate", "Measure a base with deltas applied."),
     "inspect": Entry("deltakit.cli.inspect", "Show what a delta holds and what it costs."),
