@@ -133,7 +133,8 @@ def _system_error(error: OSError) -> str:
     what = (error.strerror or _one_line(error)).strip()
     names = [os.fspath(n) for n in (error.filename, error.filename2) if isinstance(n, (str, bytes))]
     where = " -> ".join(os.fsdecode(name) for name in names)
-    return f"{what[:1].lower()}{what[1:]}: {where}" if where else what
+    told = f"{what[:1].lower()}{what[1:]}"
+    return printable(f"{told}: {where}" if where else told)
 
 
 @click.group(

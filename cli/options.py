@@ -80,7 +80,7 @@ force_option = click.option("--force", is_flag=True, help="Replace an output tha
 mismatch_option = click.option(
     "--allow-base-mismatch",
     is_flag=True,
-    help="Use the base although it is not the delta's own; recorded in the output.",
+    help="Use a base that is not the delta's own; a note tells what differs.",
 )
 
 

@@ -71,6 +71,12 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def refuse_existing(path: str | os.PathLike[str], force: bool = False) -> None:
-    """Raise OutputExistsError when `path` exists and `force` is not given."""
-    if not force and Path(path).exists():
+    """Raise OutputExistsError when `path` exists and `force` is not given.
+
+    Devices and pipes are refused all the same: moving a file onto /dev/null would remove it.
+    """
+    target = Path(path)
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise OutputError(f"{path} is neither a file nor a folder; give another output")
+    if not force and target.exists():
         raise OutputExistsError(f"{path} exists; give another output or --force to replace it")

@@ -314,3 +314,12 @@ def test_an_output_folder_that_does_not_exist_is_told(delta_file: Path) -> None:
         1,
         "Error: cannot write gone/out.sdelta: folder gone does not exist\n",
     )
+
+
+def test_a_device_is_never_replaced(delta_file: Path) -> None:
+    code, _, err = run("truncate", delta_file, "-b", "5", "-o", "/dev/null", "--force")
+    assert (code, err) == (
+        1,
+        "Error: /dev/null is neither a file nor a folder; give another output\n",
+    )
+    assert Path("/dev/null").is_char_device()
