@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltakit.errors import ConfigError, DeltakitError, MissingFileError
@@ -47,6 +47,7 @@ def test_saved_settings_are_the_same_settings() -> None:
 _TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12)
 
 
+@settings(max_examples=40)
 @given(
     model=_TEXT,
     target=st.lists(_TEXT, max_size=3),
@@ -91,7 +92,11 @@ def test_another_method_by_flag_brings_its_own_preset() -> None:
     """What belongs to the old method goes with it."""
     saved = resolve(NEEDED, {}).as_dict()
     mask = resolve(saved, {"method": "random"})
-    assert (mask.method, mask.preset, mask.lr) == ("random", "random-default", 1e-2)
+    assert (mask.method, mask.preset, mask.lr) == (
+        "random",
+        "random-default",
+        PRESETS["random-default"]["lr"],
+    )
     assert mask.schedule is None
     assert resolve({**NEEDED, "exp": -1.0}, {"method": "random"}).exp is None
 

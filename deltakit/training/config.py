@@ -11,10 +11,7 @@ from typing import Any
 
 from deltakit.budget import parse_budget
 from deltakit.errors import ConfigError, nearest
-from deltakit.selection.allocation import ALLOCATIONS
-from deltakit.selection.methods import METHODS
-from deltakit.selection.precondition import PRECONDITIONS
-from deltakit.selection.schedules import SCHEDULES
+from deltakit.registry import Registry
 from deltakit.training.presets import PRESETS
 from deltakit.training.settings import (
     Setting,
@@ -22,6 +19,7 @@ from deltakit.training.settings import (
     entry_count,
     learning_rate,
     many,
+    one_of,
     parse_setting,
     real,
     setting,
@@ -33,11 +31,20 @@ from deltakit.training.tasks import TASKS
 MODEL, DATA, METHOD = "Model", "Data and task", "Method"
 OPTIMIZATION, EVALUATION, RUN = "Optimization", "Evaluation", "Run"
 _METHOD_SETTINGS = ("eps", "exp", "schedule", "allocation", "unmask_fraction", "precondition")
+_METHOD_NAMES = "|".join(dict.fromkeys(preset["method"] for preset in PRESETS.values()))
 REQUIRED = ("model", "data", "task", "budget", "output_dir")
 
 
-def _one_of(*names: str) -> Any:
-    return choice(lambda: names)
+def _methods() -> Registry[type[Any]]:
+    from deltakit.selection.methods import METHODS  # imports torch, which help does without
+
+    return METHODS
+
+
+def _schedules() -> list[str]:
+    from deltakit.selection.schedules import SCHEDULES
+
+    return SCHEDULES.names()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +58,7 @@ class TrainConfig:
     revision: str | None = setting(None, text(), MODEL, "revision of a Hub model")
     dtype: str = setting(
         "auto",
-        _one_of("auto", "float32", "bfloat16", "float16", "float64"),
+        one_of("auto", "float32", "bfloat16", "float16", "float64"),
         MODEL,
         "dtype of the weights in training; auto keeps the checkpoint's, so that merging is exact",
     )
@@ -62,7 +69,7 @@ class TrainConfig:
 
     data: str = setting("", text("DATA"), DATA, "data file, folder or `datasets` id")
     data_name: str | None = setting(None, text(), DATA, "configuration of a `datasets` id")
-    task: str = setting("", choice(TASKS.names), DATA, "what is learnt")
+    task: str = setting("", one_of(*TASKS.names()), DATA, "what is learnt")
     train_split: str = setting("train", text(), DATA, "split to train on")
     validation_split: str = setting("validation", text(), DATA, "split to evaluate on")
     validation_fraction: float = setting(
@@ -76,16 +83,18 @@ class TrainConfig:
     messages_column: str | None = setting(None, text(), DATA, "column of the chat messages")
     problem_type: str | None = setting(
         None,
-        _one_of("classification", "regression"),
+        one_of("classification", "regression"),
         DATA,
         "whether labels are classes or numbers; told from the labels by default",
     )
     num_labels: int | None = setting(None, whole(2), DATA, "number of classes")
     max_length: int = setting(512, whole(2), DATA, "tokens per example at most")
 
-    method: str = setting("id3", choice(METHODS.names), METHOD, "how entries are chosen")
+    method: str = setting(
+        "id3", choice(lambda: _methods().names(), _METHOD_NAMES), METHOD, "how entries are chosen"
+    )
     preset: str | None = setting(
-        None, choice(lambda: [*PRESETS, "none"]), METHOD, "named settings; METHOD-default if unset"
+        None, one_of(*PRESETS, "none"), METHOD, "named settings; METHOD-default if unset"
     )
     budget: str | int = setting(
         "", entry_count(), METHOD, "entries to train: 100k, or 0.1% of the base"
@@ -93,16 +102,16 @@ class TrainConfig:
     eps: float | None = setting(None, real(above=True), METHOD, "eps of the D3 score")
     exp: float | None = setting(None, real(-100, 100), METHOD, "exponent of the D3 score")
     schedule: str | None = setting(
-        None, choice(SCHEDULES.names), METHOD, "how unmasking spreads over the steps"
+        None, choice(_schedules), METHOD, "how unmasking spreads over the steps"
     )
     allocation: str | None = setting(
-        None, _one_of(*ALLOCATIONS), METHOD, "how the budget is shared among tensors"
+        None, one_of("global", "proportional"), METHOD, "how the budget is shared among tensors"
     )
     unmask_fraction: float | None = setting(
         None, real(0, 1, above=True), METHOD, "share of all steps that unmask entries"
     )
     precondition: str | None = setting(
-        None, _one_of(*PRECONDITIONS), METHOD, "what scores are made of: the gradient, or balanced"
+        None, one_of("none", "factored"), METHOD, "what the gradient is divided by for scoring"
     )
     target: tuple[str, ...] = setting(
         (), many(text("PATTERN")), METHOD, "tensors to train; all if unset"
@@ -112,7 +121,7 @@ class TrainConfig:
         (), many(text("PATTERN")), METHOD, "tensors trained densely, beside those the base lacks"
     )
     age: str = setting(
-        "entry", _one_of("entry", "shared"), METHOD, "Adam's step count: per entry, or one for all"
+        "entry", one_of("entry", "shared"), METHOD, "Adam's step count: per entry, or one for all"
     )
 
     lr: float = setting(1e-3, learning_rate(), OPTIMIZATION, "learning rate of the entries")
@@ -123,7 +132,7 @@ class TrainConfig:
     )
     scheduler: str = setting(
         "linear",
-        _one_of("linear", "cosine", "constant", "constant_with_warmup"),
+        one_of("linear", "cosine", "constant", "constant_with_warmup"),
         OPTIMIZATION,
         "how the learning rate falls",
     )
@@ -136,7 +145,7 @@ class TrainConfig:
         1, whole(1), OPTIMIZATION, "forward passes per optimizer step"
     )
     mixed_precision: str = setting(
-        "no", _one_of("no", "bf16"), OPTIMIZATION, "compute in bfloat16 where it is safe"
+        "no", one_of("no", "bf16"), OPTIMIZATION, "compute in bfloat16 where it is safe"
     )
     gradient_clipping: float | None = setting(
         None, real(above=True), OPTIMIZATION, "largest gradient norm of entries and extras"
@@ -151,7 +160,7 @@ class TrainConfig:
     )
     eval_strategy: str = setting(
         "epoch",
-        _one_of("epoch", "steps", "budget", "no"),
+        one_of("epoch", "steps", "budget", "no"),
         EVALUATION,
         "when to evaluate beside the end; budget: at the marks only",
     )
@@ -187,7 +196,7 @@ class TrainConfig:
             raise ConfigError("eval_strategy steps needs eval_steps")
         if self.early_stopping_patience and self.eval_strategy == "no":
             raise ConfigError("early_stopping_patience needs evaluation; eval_strategy is no")
-        accepted = {f.name for f in fields(METHODS[self.method])}
+        accepted = {f.name for f in fields(_methods()[self.method])}
         for name in _METHOD_SETTINGS:
             if getattr(self, name) is not None and name not in accepted:
                 raise ConfigError(f"setting {name} does not apply to method {self.method}")

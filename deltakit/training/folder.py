@@ -57,10 +57,10 @@ class RunFolder:
         return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
     def check_free(self, *, force: bool) -> None:
-        """Raise OutputExistsError when there is an earlier run and `force` is not given."""
+        """Raise OutputExistsError when an earlier run left results and `force` is not given."""
         if self.path.exists() and not self.path.is_dir():
             raise OutputExistsError(f"{self.path} is a file; give another output folder")
-        left = self._left()
+        left = self._results()
         if left and not force:
             way = "--resume to go on, " if self.checkpoints() else ""
             raise OutputExistsError(
@@ -70,7 +70,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Make the folder, without anything that an earlier run wrote."""
-        for path in self._left():
+        settings = [path for path in (self.config, self.log, self.plot) if path.exists()]
+        for path in [*self._results(), *settings]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
 
@@ -100,7 +101,7 @@ class RunFolder:
         for path in self.checkpoints():
             shutil.rmtree(path)
 
-    def _left(self) -> list[Path]:
+    def _results(self) -> list[Path]:
         budgets = sorted(self.path.glob("budget-*.sdelta"))
-        files = [self.metrics, self.delta, self.best, self.config, self.log, self.plot]
-        return [p for p in (*files, *budgets, *self.checkpoints()) if p.exists()]
+        files = (self.metrics, self.delta, self.best, *budgets, *self.checkpoints())
+        return [path for path in files if path.exists()]

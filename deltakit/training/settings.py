@@ -94,7 +94,12 @@ def entry_count() -> Kind:
     return Kind(_budget, "N")
 
 
-def choice(names: Callable[[], Sequence[str]]) -> Kind:
+def one_of(*names: str) -> Kind:
+    """One of a few names."""
+    return choice(lambda: names, "|".join(names))
+
+
+def choice(names: Callable[[], Sequence[str]], metavar: str = "NAME") -> Kind:
     """One of some names, asked for only when needed."""
 
     def parse(value: Any) -> str:
@@ -103,7 +108,7 @@ def choice(names: Callable[[], Sequence[str]]) -> Kind:
             raise ValueError(f"expected one of {', '.join(known)}{nearest(str(value), known)}")
         return str(value)
 
-    return Kind(parse, "NAME")
+    return Kind(parse, metavar)
 
 
 def many(kind: Kind, separator: str = "") -> Kind:
