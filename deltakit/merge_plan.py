@@ -13,7 +13,7 @@ from deltakit.arithmetic import Contribution, union_between
 from deltakit.dtypes import DTYPES, Array, DType, dtype_of
 from deltakit.errors import ConfigError, DeltakitError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.formats.safetensors_file import TensorInfo
+from deltakit.formats.safetensors_file import GATHER_MAPPED, TensorInfo
 from deltakit.identity import check_base
 from deltakit.merge_inputs import Input, chosen_head, common_config, common_extras, contributions
 
@@ -60,14 +60,15 @@ class Plan:
     @property
     def peak_memory(self) -> int:
         """Upper estimate, in bytes, of what the merge keeps in memory at once: the deltas, the
-        extras, the working arrays of one window, and what describes the tensors."""
+        extras, the working arrays of one window, the descriptions of all tensors, and the pages of
+        the base that are mapped at once."""
         held = sum(_held(each) for each in self.inputs)
         converted = max((a.size * 8 for a in self.extras.values()), default=0) if self.dtype else 0
         densest = max((_densest_window(parts) for parts in self.touched.values()), default=0)
         largest = max((info.numel for info in self.base.tensors.values()), default=0)
         window = 24 * min(WINDOW, largest) + densest * (64 + 32 * len(self.inputs))
         descriptions = 2**20 + 4096 * len(self.base.tensors)
-        return held + converted + window + descriptions
+        return held + converted + window + descriptions + GATHER_MAPPED
 
 
 def plan_merge(

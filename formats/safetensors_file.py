@@ -19,7 +19,8 @@ from deltakit.dtypes import BY_CODE, DTYPES, Array, DType
 from deltakit.errors import CoordinateError, FormatError, MissingFileError
 from deltakit.formats import safetensors_header
 
-_GATHER_CHUNK = 1024  # a fault maps up to 64 kB around an entry, so this bounds a chunk to 64 MB
+_GATHER_CHUNK = 256  # entries
+GATHER_MAPPED = _GATHER_CHUNK * 2**16  # bytes: a fault maps up to 64 kB around an entry
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -21,6 +22,8 @@ from checkpoint_factory import random_array, write_safetensors, write_sharded
 
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.formats import sdelta
+from deltakit.formats.checkpoint import Checkpoint
+from deltakit.identity import identify
 from deltakit.merge import merge
 
 LOOP = """
@@ -225,8 +228,12 @@ def test_memory_does_not_follow_the_size_of_the_model(tmp_path: Path) -> None:
             file.write(len(text).to_bytes(8, "little") + text.encode())
             file.truncate(8 + len(text) + rows * 2000)
         delta = tmp_path / f"{rows}.sdelta"
-        sdelta.save(delta_on(shape, 8, 20_000), delta)
+        made = delta_on(shape, 8, 20_000)
+        identity = identify(Checkpoint(base), {"w": made.tensors["w"].indices})
+        sdelta.save(replace(made, base=identity), delta)
         grown.append(int(python(MEMORY, base, delta, tmp_path / f"{rows}-out.safetensors")))
     small, large = grown
     assert small > 0  # something was measured
-    assert large < small + 16_000  # kB; the files have 16 and 256 MB
+    assert (
+        large < small + 80_000
+    )  # kB; the files have 16 and 256 MB, 64 MB of which are mapped at once
