@@ -1,4 +1,4 @@
-"""Laws of merging into one file: entries by a naive dense reference, all other bytes untouched."""
+"""Laws of merging: entries by a naive dense reference, all other bytes untouched."""
 
 from __future__ import annotations
 
@@ -11,19 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_factory import random_array, read_safetensors, write_safetensors, write_sharded
+from merge_reference import adding, dense_reference, only
 
-from deltakit.delta import SparseDelta, TensorDelta
-from deltakit.dtypes import Array, dtype_of
-from deltakit.errors import (
-    BaseMismatchError,
-    ConfigError,
-    CoordinateError,
-    DeltaError,
-    MissingFileError,
-    OutputError,
-    OutputExistsError,
-)
-from deltakit.formats import sdelta
+from deltakit.delta import TensorDelta
+from deltakit.errors import BaseMismatchError, ConfigError, CoordinateError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import identify
 from deltakit.merge import merge
@@ -34,40 +25,6 @@ KINDS: dict[str, Any] = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
 }
-
-
-def adding(
-    name: str, base: Array, rng: np.random.Generator, count: int, trained: str = ""
-) -> TensorDelta:
-    """An add delta of `count` random entries on the tensor `base`."""
-    indices = np.sort(rng.choice(base.size, count, replace=False))
-    return TensorDelta(
-        name=name,
-        shape=base.shape,
-        dtype=dtype_of(base).name,
-        mode="add",
-        indices=indices,
-        values=rng.standard_normal(count),
-        trained_dtype=trained,
-    )
-
-
-def only(*tensors: TensorDelta, **more: Any) -> SparseDelta:
-    return SparseDelta(tensors={t.name: t for t in tensors}, **more)
-
-
-def dense_reference(base: Array, deltas: list[TensorDelta], weights: list[float]) -> Array:
-    """The merged tensor by a naive dense loop; words where no delta has an entry are the base's."""
-    compute = np.float64 if base.dtype == np.float64 else np.float32
-    total, touched = np.zeros(base.size, compute), np.zeros(base.size, bool)
-    for delta, weight in zip(deltas, weights, strict=True):
-        dense = np.zeros(base.size, compute)
-        dense[delta.indices] = delta.values
-        scaled = compute(weight) * dense
-        total = total + scaled
-        touched[delta.indices] = True
-    moved = (base.reshape(-1).astype(compute) + total).astype(base.dtype)
-    return np.where(touched, moved, base.reshape(-1)).reshape(base.shape)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,63 +138,6 @@ def test_trained_in_two_dtypes(tmp_path: Path) -> None:
     assert [read_safetensors(out)[name][0] for name in "abc"] == ["F16", "BF16", "F32"]
 
 
-def test_extras_are_appended_and_replaced_whole(tmp_path: Path) -> None:
-    """Bits as they are; a new dtype moves the tensor so that every tensor stays aligned."""
-    rng = np.random.default_rng(13)
-    tensors = {
-        "w": random_array(rng, (7,), ml_dtypes.bfloat16),
-        "norm": random_array(rng, (5,), ml_dtypes.bfloat16),
-    }
-    path = write_safetensors(tmp_path / "base.safetensors", tensors, {"format": "pt"})
-    extras = {
-        "norm": random_array(rng, (5,), np.float32),
-        "score": random_array(rng, (3, 2), np.float32),
-        "count": np.array(7, np.int64),
-    }
-    out = tmp_path / "out.safetensors"
-    delta = only(adding("w", tensors["w"], rng, 3), extras=extras)
-    report = merge(path, delta, out, weights=[0.5])
-    assert report.extras == ("count", "norm", "score")
-    assert "weights do not apply to extras" in report.notes[-1]
-    merged = read_safetensors(out)
-    for name, array in extras.items():
-        assert merged[name] == (dtype_of(array).code, list(array.shape), array.tobytes())
-    assert merged["w"][2] == dense_reference(tensors["w"], [delta.tensors["w"]], [0.5]).tobytes()
-    checkpoint = Checkpoint(out)
-    assert checkpoint.shards["out.safetensors"].header.metadata == {"format": "pt"}
-    for info in checkpoint.tensors.values():
-        assert info.offset % info.kind.itemsize == 0
-
-
-def test_extras_that_differ_need_a_head(tmp_path: Path) -> None:
-    array = np.zeros(4, np.float32)
-    path = write_safetensors(tmp_path / "base.safetensors", {"w": array})
-    files = []
-    for number in range(2):
-        head = np.full((2, 2), number, np.float32)
-        delta = only(extras={"head": head, "same": array}, config={"num_labels": 2})
-        files.append(tmp_path / f"d{number}.sdelta")
-        sdelta.save(delta, files[-1])
-    out = tmp_path / "out.safetensors"
-    with pytest.raises(DeltaError, match=r"extra 'head' differs between .*d0.* and .*d1.*--head"):
-        merge(path, files, out)
-    for choice in (1, files[1], str(files[1]), "1"):
-        merge(path, files, out, head=choice, force=True)
-        assert read_safetensors(out)["head"][2] == np.ones((2, 2), np.float32).tobytes()
-    with pytest.raises(ConfigError, match="head 2 is out of range: 2 deltas"):
-        merge(path, files, out, head=2, force=True)
-    with pytest.raises(ConfigError, match=r"head 'x' is none of the deltas; they are: .*d0.sdelta"):
-        merge(path, files, out, head="x", force=True)
-
-
-def test_an_extra_and_entries_of_one_tensor_are_refused(tmp_path: Path) -> None:
-    array = np.zeros(4, np.float32)
-    path = write_safetensors(tmp_path / "base.safetensors", {"w": array})
-    entries = only(adding("w", array, np.random.default_rng(0), 1))
-    with pytest.raises(DeltaError, match="'w' is a whole extra in one delta and has single entr"):
-        merge(path, [only(extras={"w": array}), entries], tmp_path / "out.safetensors")
-
-
 def test_every_delta_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     rng = np.random.default_rng(14)
     array = random_array(rng, (60, 60), np.float32)
@@ -271,89 +171,6 @@ def test_overflow_is_said(tmp_path: Path) -> None:
     )
     report = merge(path, only(big), tmp_path / "out.safetensors")
     assert "tensor 'w': 1 entries that were finite are infinite or NaN" in report.notes[-1]
-
-
-def test_dry_run_says_what_would_happen_and_writes_nothing(tmp_path: Path) -> None:
-    rng = np.random.default_rng(15)
-    array = random_array(rng, (500, 60), np.float32)
-    path = write_safetensors(tmp_path / "base.safetensors", {"w": array})
-    delta = only(adding("w", array, rng, 40), extras={"head": np.zeros((2, 2), np.float32)})
-    out = tmp_path / "out.safetensors"
-    told = merge(path, delta, out, dry_run=True)
-    assert not out.exists()
-    assert told.dry_run
-    done = merge(path, delta, out)
-    assert (done.bytes, told.bytes) == (out.stat().st_size, out.stat().st_size)
-    assert replace(told, dry_run=False) == done
-    with pytest.raises(OutputExistsError):
-        merge(path, delta, out, dry_run=True)
-
-
-def test_progress_counts_every_byte_of_the_weights(tmp_path: Path) -> None:
-    rng = np.random.default_rng(16)
-    array = random_array(rng, (2000, 300), np.float32)
-    path = write_safetensors(tmp_path / "b.safetensors", {"w": array, "z": array[:9].copy()})
-    seen: list[tuple[int, int]] = []
-    out = tmp_path / "out.safetensors"
-    merge(path, only(adding("w", array, rng, 4)), out, progress=lambda *at: seen.append(at))
-    assert seen[-1] == (out.stat().st_size, out.stat().st_size)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-
-
-def test_default_name_is_made_of_base_and_delta(tmp_path: Path) -> None:
-    array = np.zeros(4, np.float32)
-    path = write_safetensors(tmp_path / "base.safetensors", {"w": array})
-    run = tmp_path / "RUN"
-    run.mkdir()
-    sdelta.save(only(), run / "budget-25.sdelta")
-    assert merge(path, run / "budget-25.sdelta").output == str(run / "base-budget-25.safetensors")
-    with pytest.raises(OutputExistsError, match=r"base-budget-25.safetensors exists; give another"):
-        merge(path, run / "budget-25.sdelta")
-    several = merge(path, [run / "budget-25.sdelta"] * 2)
-    assert several.output == str(run / "base-merged.safetensors")
-    assert merge(path, only()).output == str(tmp_path / "base-merged.safetensors")
-
-
-def test_inputs_are_never_overwritten(tmp_path: Path) -> None:
-    path = write_safetensors(tmp_path / "base.safetensors", {"w": np.zeros(4, np.float32)})
-    file = tmp_path / "d.sdelta"
-    sdelta.save(only(), file)
-    for out in (path, file, tmp_path / "x" / ".." / "base.safetensors"):
-        with pytest.raises(OutputError, match="is an input of the merge"):
-            merge(path, file, out, force=True)
-    with pytest.raises(OutputError, match="holds the input"):
-        merge(path, file, f"{tmp_path}/", force=True)
-    with pytest.raises(MissingFileError, match=r"folder .*nowhere does not exist"):
-        merge(path, file, tmp_path / "nowhere" / "out.safetensors")
-    with pytest.raises(
-        ConfigError, match=r"d.sdelta is a delta; the first argument .* is the base"
-    ):
-        merge(file, file, tmp_path / "out.safetensors")
-
-
-def test_force_replaces_a_file_only(tmp_path: Path) -> None:
-    path = write_safetensors(tmp_path / "base.safetensors", {"w": np.zeros(4, np.float32)})
-    out = tmp_path / "out.safetensors"
-    out.write_bytes(b"old")
-    with pytest.raises(OutputExistsError, match=r"out.safetensors exists"):
-        merge(path, only(), out)
-    assert out.read_bytes() == b"old"
-    merge(path, only(), out, force=True)
-    assert out.read_bytes() == path.read_bytes()
-    out.unlink()
-    out.mkdir()
-    with pytest.raises(OutputExistsError, match="exists and is a folder"):
-        merge(path, only(), out, force=True)
-
-
-def test_weights_must_fit(tmp_path: Path) -> None:
-    path = write_safetensors(tmp_path / "base.safetensors", {"w": np.zeros(4, np.float32)})
-    with pytest.raises(ConfigError, match="2 weights for 1 deltas"):
-        merge(path, only(), weights=[1, 2])
-    with pytest.raises(ConfigError, match="weight nan is not finite"):
-        merge(path, only(), weights=[float("nan")])
-    with pytest.raises(ConfigError, match="no delta to merge"):
-        merge(path, [])
 
 
 def test_a_tensor_that_cannot_be_read_passes_through(tmp_path: Path) -> None:
