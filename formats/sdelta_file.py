@@ -123,13 +123,12 @@ class SdeltaFile:
             self._read(*self._extents[name][stream], sha256, f"{where}: {stream}")
             for stream, (_, _, sha256) in record.streams().items()
         ]
-        base = (
-            np.frombuffer(parts.pop(), DTYPES[record.dtype].words) if record.base_values else None
-        )
-        order = None
+        kind = DTYPES[record.dtype]
+        base = order = None
+        if record.base_values:
+            base = np.frombuffer(parts.pop(), kind.words).copy()
         if record.order_bits is not None:
             order = decode_order(parts.pop(), record.nnz, record.order_bits, where)
-        kind = DTYPES[record.dtype]
         place = Place(name, record.shape, record.nnz, record.seed, where)
         return TensorDelta(
             name=name,
