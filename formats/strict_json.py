@@ -29,7 +29,7 @@ def loads(text: bytes, what: str) -> Any:
         return made
 
     def integer(digits: str) -> int:
-        if len(digits) > MAX_DIGITS:
+        if len(digits.lstrip("-")) > MAX_DIGITS:
             raise FormatError(f"{what}: an integer of {len(digits)} digits is not acceptable")
         return int(digits)
 

@@ -100,7 +100,9 @@ def golden() -> dict[str, tuple[SparseDelta, dict[str, Any]]]:
     spread = [i * i for i in range(31)]
     ordered = add((1000,), spread, order=[i * 37 % 1000 for i in range(31)])
     seeded = [(name, seeded_support(7, name, 200, n)) for name, n in [("a", 40), ("b", 190)]]
+    example = add((100,), [3, 17, 18, 90], values=[1.0, -2.0, 0.5, 0.25], order=[0, 1, 1, 2])
     return {
+        "v1-example": (delta(example), {}),  # shown byte by byte in formats/SPEC.md
         "v1-rice": (delta(add((1000,), spread)), {}),
         "v1-bitmap": (delta(add((20,), [0, 2, 3, 5, 8, 9, 12, 13, 15, 18, 19])), {}),
         "v1-dense": (delta(add((2, 3), range(6))), {}),

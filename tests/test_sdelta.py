@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors
 from golden_deltas import add, delta, golden, put, words
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltakit.delta import BaseIdentity, Fingerprint, Mode, SparseDelta, TensorDelta
@@ -140,6 +140,7 @@ def test_everything_comes_back(
         )
 
 
+@settings(max_examples=40)
 @given(deltas(), st.sampled_from(["bfloat16", "float16", "float32"]))
 def test_narrow_values_are_rounded_to_nearest_even_or_refused(
     tmp_path_factory: pytest.TempPathFactory, given_: SparseDelta, stored: str
@@ -358,6 +359,12 @@ def test_deep_nesting_is_refused_by_writer_and_allowed_up_to_the_limit(tmp_path:
     assert decoded(encode(content), tmp_path).equals(content)
     with pytest.raises(FormatError, match="provenance: JSON is nested deeper than 64 levels"):
         encode(delta(provenance=nested(64)))
+
+
+def test_numbers_come_back_exactly(tmp_path: Path) -> None:
+    numbers = [10**1000 - 1, 1 - 10**1000, 2**63, -0.0, 0.1, 5e-324, 1.7976931348623157e308, 1.0, 1]
+    found = decoded(encode(delta(provenance={"x": numbers})), tmp_path).provenance["x"]
+    assert [repr(number) for number in found] == [repr(number) for number in numbers]
 
 
 def test_reserved_names_of_extras_are_refused() -> None:
