@@ -16,6 +16,7 @@ from deltakit.selection.methods import METHODS
 from deltakit.training.config import TrainConfig, describe
 from deltakit.training.config_file import read_file, render, resolve
 from deltakit.training.presets import PRESETS
+from deltakit.training.settings_doc import settings_markdown
 
 NEEDED: dict[str, Any] = {
     "model": "base",
@@ -167,6 +168,7 @@ def test_marks_above_the_budget_are_refused() -> None:
         ({"text_column": ""}, "setting text_column: expected text; found ''"),
         ({"unmask_fraction": 1.5}, "setting unmask_fraction: expected at most 1; found 1.5"),
         ({"eval_strategy": "steps"}, "eval_strategy steps needs eval_steps"),
+        ({"warmup": 10, "scheduler": "constant"}, "no warm-up; use constant_with_warmup"),
         ({"early_stopping_patience": 2, "eval_strategy": "no"}, "needs evaluation"),
         ({"method": "random", "exp": 1}, "setting exp does not apply to method random"),
         ({"preset": "id3-papr"}, "unknown preset 'id3-papr'; nearest: id3-paper"),
@@ -221,3 +223,11 @@ def test_python_sees_the_same_checks() -> None:
     """The dataclass itself refuses."""
     with pytest.raises(ConfigError, match="setting seed: expected at least 0; found -1"):
         TrainConfig(**NEEDED, seed=-1)
+
+
+def test_page_of_the_settings_is_up_to_date() -> None:
+    """docs/settings.md is what the declarations say."""
+    page = Path(__file__).parents[1] / "docs" / "settings.md"
+    assert page.read_text(encoding="utf-8") == settings_markdown(), (
+        "run: python -m deltakit.training.settings_doc > docs/settings.md"
+    )

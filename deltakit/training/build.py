@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def build_trainer(
     validation = prepared.examples.get("validation")
     trainer = SparseTrainer(
         model,
-        arguments(config, folder),
+        arguments(config, folder, len(prepared.examples["train"])),
         method=_method(config, budget),
         target=config.target or None,
         exclude=_exclusions(config, model, base),
@@ -116,9 +117,14 @@ def build_trainer(
     return trainer
 
 
-def arguments(config: TrainConfig, folder: RunFolder) -> TrainingArguments:
-    """The Trainer's own settings."""
-    periodic = config.eval_strategy if config.eval_strategy in ("epoch", "steps") else "no"
+def arguments(config: TrainConfig, folder: RunFolder, examples: int) -> TrainingArguments:
+    """The Trainer's own settings, for a number of training examples.
+
+    Epochs are counted in steps: the Trainer saves before it evaluates an epoch, and a run resumed
+    from there would miss that evaluation; with steps it evaluates first.
+    """
+    epoch = ceil(ceil(examples / config.batch_size) / config.gradient_accumulation)
+    every = {"epoch": epoch, "steps": config.eval_steps}.get(config.eval_strategy)
     return TrainingArguments(
         output_dir=str(folder.path),
         learning_rate=config.lr,
@@ -132,8 +138,8 @@ def arguments(config: TrainConfig, folder: RunFolder) -> TrainingArguments:
         gradient_accumulation_steps=config.gradient_accumulation,
         bf16=config.mixed_precision == "bf16",
         max_grad_norm=config.gradient_clipping or 0.0,
-        eval_strategy=periodic,
-        eval_steps=config.eval_steps,
+        eval_strategy="no" if every is None else "steps",
+        eval_steps=every,
         save_strategy="no" if config.save_steps is None else "steps",
         save_steps=config.save_steps or 500,
         save_total_limit=2,

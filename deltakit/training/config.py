@@ -194,6 +194,8 @@ class TrainConfig:
     def _check_together(self) -> None:
         if self.eval_strategy == "steps" and self.eval_steps is None:
             raise ConfigError("eval_strategy steps needs eval_steps")
+        if self.warmup and self.scheduler == "constant":
+            raise ConfigError("scheduler constant has no warm-up; use constant_with_warmup")
         if self.early_stopping_patience and self.eval_strategy == "no":
             raise ConfigError("early_stopping_patience needs evaluation; eval_strategy is no")
         accepted = {f.name for f in fields(_methods()[self.method])}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deltakit.errors import DataError, MissingFileError, nearest
+from deltakit.training.readers import READERS, Row, first_line
 
-Row = Mapping[str, Any]
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -66,7 +64,7 @@ def read_splits(source: str, name: str | None = None) -> dict[str, Table]:
         if any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json")):
             return _saved(path)
         return _folder(path)
-    if path.suffix.lower() in _READERS or source.startswith((".", "/", "~")):
+    if path.suffix.lower() in READERS or source.startswith((".", "/", "~")):
         raise MissingFileError(f"data {source} does not exist")
     return _from_id(source, name)
 
@@ -74,9 +72,9 @@ def read_splits(source: str, name: str | None = None) -> dict[str, Table]:
 def read_table(path: str | Path) -> Table:
     """One file's rows, told apart by its suffix; DataError names file, line and what is wrong."""
     file = Path(path)
-    reader = _READERS.get(file.suffix.lower())
+    reader = READERS.get(file.suffix.lower())
     if reader is None:
-        raise DataError(f"data {file}: unknown kind of file; expected {', '.join(_READERS)}")
+        raise DataError(f"data {file}: unknown kind of file; expected {', '.join(READERS)}")
     try:
         rows = list(reader(file))
     except UnicodeDecodeError as error:
@@ -113,84 +111,8 @@ def check_columns(table: Table, *names: str | None) -> None:
             raise DataError(f"data {table.origin} has no column {name!r}; found {found}{hint}")
 
 
-def _jsonl(file: Path) -> Iterator[Row]:
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield _object(line, f"{file} line {number}")
-
-
-def _json(file: Path) -> Iterator[Row]:
-    content = file.read_bytes()
-    if content.lstrip()[:1] != b"[":
-        yield from _jsonl(file)
-        return
-    try:
-        rows = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"data {file}: not JSON: {error}") from None
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DataError(f"data {file} item {number}: expected an object, found {row!r:.40}")
-        yield row
-
-
-def _object(line: bytes, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError:
-        raise DataError(f"data {where}: not UTF-8 text") from None
-    except ValueError as error:
-        raise DataError(f"data {where}: not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"data {where}: expected an object, found {row!r:.40}")
-    return row
-
-
-def _separated(separator: str) -> Callable[[Path], Iterator[Row]]:
-    def read(file: Path) -> Iterator[Row]:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter=separator, strict=True)
-            try:
-                header = next(reader, [])
-                if len(set(header)) < len(header):
-                    raise DataError(f"data {file}: a column name stands twice in the first line")
-                for cells in reader:
-                    if cells and len(cells) != len(header):
-                        raise DataError(
-                            f"data {file} line {reader.line_num}: {len(cells)} fields, expected "
-                            f"{len(header)} as in the first line"
-                        )
-                    if cells:
-                        yield dict(zip(header, cells, strict=True))
-            except csv.Error as error:
-                raise DataError(f"data {file} line {reader.line_num}: {error}") from None
-
-    return read
-
-
-def _parquet(file: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows: list[Row] = pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"data {file}: not Parquet: {_first_line(error)}") from None
-    yield from rows
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".csv": _separated(","),
-    ".tsv": _separated("\t"),
-    ".parquet": _parquet,
-}
-
-
 def _folder(folder: Path) -> dict[str, Table]:
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in _READERS)
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in READERS)
     named: dict[str, list[Path]] = {}
     for file in files:
         word = re.split(r"[-_.]", file.stem.lower())[0]
@@ -214,7 +136,7 @@ def _saved(folder: Path) -> dict[str, Table]:
     try:
         loaded = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"data {folder}: {_first_line(error)}") from None
+        raise DataError(f"data {folder}: {first_line(error)}") from None
     return _tables(loaded, str(folder))
 
 
@@ -226,7 +148,7 @@ def _from_id(source: str, name: str | None) -> dict[str, Table]:
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"data {source!r} is neither a local path nor a `datasets` id that can be loaded: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from None
     return _tables(loaded, source)
 
@@ -243,7 +165,3 @@ def _tables(loaded: Any, origin: str) -> dict[str, Table]:
         table = table_of(part.to_list(), origin)
         tables[str(split)] = Table(table.rows, table.columns, table.origin, names)
     return tables
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

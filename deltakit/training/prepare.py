@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from deltakit.training.pretrained import (
     needs_padding_token,
 )
 from deltakit.training.splits import make_splits
-from deltakit.training.task import Example, Problem, TaskSettings
+from deltakit.training.task import IGNORED, Example, Problem, TaskSettings
 from deltakit.training.tasks import TASKS
 
 Say = Callable[[str], None]
@@ -80,10 +80,17 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     longest = longest_input(tokenizer, model_config, config.max_length)
     examples = problem.encode(tokenizer, longest)
     counts = ", ".join(f"{len(rows):,} {split}" for split, rows in examples.items())
-    say(f"{counts} examples ({splits.record['how']})")
+    say(f"{counts} examples ({splits.record['how']}){_share(examples['train'])}")
     return Prepared(
         located, model_config, tokenizer, problem, changes, examples, splits.record, metric
     )
+
+
+def _share(examples: Sequence[Example]) -> str:
+    """How many tokens are learnt from, where labels are tokens: the masks in one line."""
+    labels = [e["labels"] for e in examples if isinstance(e["labels"], list)]
+    counted = sum(label != IGNORED for row in labels for label in row)
+    return f"; {counted:,} of {sum(map(len, labels)):,} training tokens count" if labels else ""
 
 
 def choose_metric(problem: Problem, asked: str | None) -> str:

@@ -11,6 +11,7 @@ import transformers
 from huggingface_hub import snapshot_download
 
 from deltakit.errors import ConfigError, MissingFileError
+from deltakit.training.readers import first_line
 from deltakit.training.task import Head, Problem
 
 _DESCRIPTION = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -55,7 +56,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     except (OSError, ValueError) as error:
         raise MissingFileError(
             f"model {model!r} is neither a local folder nor a Hub id that can be had: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from None
 
 
@@ -64,7 +65,7 @@ def load_config(located: Located) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(located.folder)
     except (OSError, ValueError, KeyError) as error:
-        raise MissingFileError(f"model {located.folder}: {_first_line(error)}") from None
+        raise MissingFileError(f"model {located.folder}: {first_line(error)}") from None
 
 
 def load_tokenizer(located: Located) -> Any:
@@ -73,7 +74,7 @@ def load_tokenizer(located: Located) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(located.folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise MissingFileError(
-            f"model {located.folder}: its tokenizer cannot be loaded: {_first_line(error)}"
+            f"model {located.folder}: its tokenizer cannot be loaded: {first_line(error)}"
         ) from None
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -108,7 +109,7 @@ def load_model(located: Located, config: Any, problem: Problem, dtype: str) -> A
     try:
         return auto.from_pretrained(located.folder, config=config, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"model {located.folder}: {_first_line(error)}") from None
+        raise ConfigError(f"model {located.folder}: {first_line(error)}") from None
 
 
 def longest_input(tokenizer: Any, config: Any, asked: int) -> int:
@@ -126,7 +127,3 @@ def needs_padding_token(config: Any, tokenizer: Any, problem: Problem) -> Mappin
     if problem.config_changes and getattr(config, "pad_token_id", None) is None:
         return {"pad_token_id": tokenizer.pad_token_id}
     return {}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -9,7 +9,8 @@ from hashlib import sha256
 from typing import Any
 
 from deltakit.errors import DataError
-from deltakit.training.data import Row, Table, choose_split
+from deltakit.training.data import Table, choose_split
+from deltakit.training.readers import Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,13 +73,6 @@ class BestDelta(TrainerCallback):
         elif self.patience is not None and self.evaluations_since(best) >= self.patience:
             control.should_training_stop = True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """An interrupted run stops without evaluating; the resumed one will."""
-        if self.trainer.interrupted is not None and state.global_step < state.max_steps:
-            control.should_evaluate = False
-
     def best(self) -> dict[str, Any] | None:
         """The record of the best evaluation so far; None before the first."""
         evaluations = self._evaluations()
@@ -142,6 +135,14 @@ class Progress(TrainerCallback):
         """On a terminal, show the step in place."""
         if self.live:
             sys.stderr.write(f"\r\x1b[K{self._where(state)}  {self._entries()}")
+            sys.stderr.flush()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the line that followed the steps away."""
+        if self.live:
+            sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
     def on_log(
