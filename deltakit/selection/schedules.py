@@ -68,7 +68,8 @@ def unmasking_plan(
     if len(stops) >= steps:
         raise BudgetError(
             f"{len(stops)} budget checkpoints below the budget need at least {len(stops) + 1} "
-            f"selection steps, found {steps}"
+            f"selection steps, found {steps}; train longer, name fewer, or unmask over a larger "
+            "share of the steps (unmask_fraction)"
         )
     least = np.zeros(steps, np.int64)  # what must be reached so that every later mark has a step
     least[steps - len(stops) - 1 :] = [*stops, budget]
