@@ -61,7 +61,7 @@ def command(
       deltakit diff model/ tuned/ -o tuned.sdelta --mode add
     """
     refuse_existing(output, force)
-    from deltakit.diff import diff
+    from deltakit.diffing import diff
     from deltakit.formats.sdelta import save
 
     with progress("Comparing") as advance:

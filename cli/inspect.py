@@ -26,7 +26,7 @@ def command(delta: Path, tensors: bool, as_json: bool) -> None:
       deltakit inspect delta.sdelta --json | jq .entries
     """
     from deltakit.cli.inspect_report import report
-    from deltakit.inspect import inspect
+    from deltakit.inspection import inspect
 
     found = inspect(delta)
     if as_json:

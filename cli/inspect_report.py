@@ -12,7 +12,7 @@ from deltakit.cli.options import count, table
 from deltakit.delta import BaseIdentity
 from deltakit.formats.header import VERSION, TensorRecord
 from deltakit.groups import Group
-from deltakit.inspect import Inspection, ratio
+from deltakit.inspection import Inspection, ratio
 
 _CHANGE_HEADS = ["min |change|", "mean", "max"]
 

@@ -66,7 +66,7 @@ def command(
       deltakit merge model/ a.sdelta b.sdelta --weights 0.5,0.5 -o both/
       deltakit merge model/ delta.sdelta --dry-run
     """
-    from deltakit.merge import merge
+    from deltakit.merging import merge
 
     base, deltas = split(paths)
     with progress("Merging") as advance:

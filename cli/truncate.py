@@ -61,7 +61,7 @@ def command(
       deltakit truncate delta.sdelta --budget 0.1% --by order -o small.sdelta
     """
     from deltakit.formats.sdelta import load, save
-    from deltakit.truncate import truncate
+    from deltakit.truncation import truncate
 
     if output is not None:
         _check_output(output, delta, force)

@@ -25,7 +25,7 @@ def command(delta: Path, base: Path | None, as_json: bool) -> None:
       deltakit verify delta.sdelta
       deltakit verify delta.sdelta --base model/
     """
-    from deltakit.verify import verify
+    from deltakit.verification import verify
 
     found = verify(delta, base)
     if as_json:

@@ -6,9 +6,7 @@ nothing: `import deltakit` does not import torch, and neither do the torch-free 
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -18,20 +16,20 @@ if TYPE_CHECKING:
     from deltakit.delta import Fingerprint as Fingerprint
     from deltakit.delta import SparseDelta as SparseDelta
     from deltakit.delta import TensorDelta as TensorDelta
-    from deltakit.diff import diff as diff
+    from deltakit.diffing import diff as diff
     from deltakit.errors import DeltakitError as DeltakitError
     from deltakit.formats.sdelta import load as load
     from deltakit.formats.sdelta import save as save
-    from deltakit.inspect import inspect as inspect
+    from deltakit.inspection import inspect as inspect
     from deltakit.live import applied as applied
     from deltakit.live import apply as apply
-    from deltakit.merge import merge as merge
+    from deltakit.merging import merge as merge
     from deltakit.selection import ID3 as ID3
     from deltakit.selection import RandomMask as RandomMask
     from deltakit.training.trainer import SparseTrainer as SparseTrainer
     from deltakit.training.tuner import SparseTuner as SparseTuner
-    from deltakit.truncate import truncate as truncate
-    from deltakit.verify import verify as verify
+    from deltakit.truncation import truncate as truncate
+    from deltakit.verification import verify as verify
 
 _EXPORTS = {
     "BaseIdentity": "deltakit.delta",
@@ -45,13 +43,13 @@ _EXPORTS = {
     "TensorDelta": "deltakit.delta",
     "applied": "deltakit.live",
     "apply": "deltakit.live",
-    "diff": "deltakit.diff",
-    "inspect": "deltakit.inspect",
+    "diff": "deltakit.diffing",
+    "inspect": "deltakit.inspection",
     "load": "deltakit.formats.sdelta",
-    "merge": "deltakit.merge",
+    "merge": "deltakit.merging",
     "save": "deltakit.formats.sdelta",
-    "truncate": "deltakit.truncate",
-    "verify": "deltakit.verify",
+    "truncate": "deltakit.truncation",
+    "verify": "deltakit.verification",
 }
 
 __all__ = ["__version__"]
@@ -68,19 +66,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keeps `deltakit.merge` the function.
-
-    Some functions stand in a module of their own name, and importing a submodule binds its name on
-    the package; whoever imported `deltakit.merge` first would turn `dk.merge` into a module.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _EXPORTS.get(name) == value.__name__:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -70,8 +70,8 @@ def demo(
 
 def _task(name: str, out: Path, tell: Tell, max_steps: int | None) -> dict[str, Any]:
     from deltakit.formats.sdelta import load, save
-    from deltakit.merge import merge
-    from deltakit.truncate import truncate
+    from deltakit.merging import merge
+    from deltakit.truncation import truncate
 
     base, data, run = out / "base", out / "tasks" / name, out / name
     tell(f"\n{name}: {data}")
@@ -145,7 +145,7 @@ def _evaluate(model: Path, data: Path, predictions: Path, *deltas: Path) -> dict
 
 
 def _inspected(path: Path) -> str:
-    from deltakit.inspect import inspect
+    from deltakit.inspection import inspect
 
     found = inspect(path)
     return (

@@ -79,7 +79,7 @@ def plan_merge(
     allow_base_mismatch: bool = False,
     head: int | str | Path | None = None,
 ) -> Plan:
-    """Check every delta against the base and against each other; see `deltakit.merge.merge`."""
+    """Check every delta against the base and against each other; see `deltakit.merging.merge`."""
     _check_dtype(dtype)
     notes = list(base.notes)
     for each in inputs:

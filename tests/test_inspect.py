@@ -16,7 +16,7 @@ from deltakit.entropy import support_bits
 from deltakit.errors import ChecksumError, FormatError, MissingFileError
 from deltakit.formats.sdelta import save
 from deltakit.groups import block_of, kind_of
-from deltakit.inspect import inspect
+from deltakit.inspection import inspect
 
 
 def make(name: str, count: int, seed: int = 0) -> TensorDelta:

@@ -11,7 +11,7 @@ from deltakit.delta import BaseIdentity, Fingerprint, SparseDelta, TensorDelta
 from deltakit.errors import BaseMismatchError, BudgetError, ConfigError, DeltaError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import identify
-from deltakit.truncate import top, truncate
+from deltakit.truncation import top, truncate
 
 
 @st.composite

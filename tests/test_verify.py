@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from deltakit.errors import MissingFileError
 from deltakit.formats import sdelta
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import identify
-from deltakit.verify import verify
+from deltakit.verification import verify
 
 
 @pytest.fixture
@@ -53,7 +52,6 @@ def test_a_sound_file_passes(file: Path, base: Path) -> None:
     assert alone.ok
     assert alone.notes == ("no base given, so only the file itself was checked",)
     assert dk.verify is verify
-    assert sys.modules["deltakit.verify"] is not dk.verify
 
 
 def test_every_byte_counts(file: Path) -> None:
