@@ -128,7 +128,8 @@ class Entries:
     def accumulate(self, target: Target, gradient: torch.Tensor) -> None:
         """Add the gradient of a target's entries, taken from its dense gradient (flat)."""
         if len(target.indices):
-            self.gradient[target.slots] += gradient[target.indices].to(self.base)
+            taken = gradient.index_select(0, target.indices).to(self.base)
+            self.gradient.index_add_(0, target.slots, taken)
 
     @torch.no_grad()
     def write_through(self) -> None:
@@ -139,13 +140,13 @@ class Entries:
         merged = self.base[: self.count] + (self.values[: self.count] + 0.0)
         for target in self.targets:
             if len(target.indices):
-                new = merged[target.slots].to(target.parameter)
-                target.flat[target.indices] = new
+                new = merged.index_select(0, target.slots).to(target.parameter)
+                target.flat.index_copy_(0, target.indices, new)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Give every entry's live weight its base bits back."""
         for target in self.targets:
             if len(target.indices):
-                old = self.base[target.slots].to(target.parameter)
-                target.flat[target.indices] = old
+                old = self.base.index_select(0, target.slots).to(target.parameter)
+                target.flat.index_copy_(0, target.indices, old)
