@@ -90,12 +90,11 @@ def _sparse(method: object) -> Step:
     return step
 
 
-def id3(exp: float) -> Callable[[], Step]:
-    return lambda: _sparse(dk.ID3(budget=BUDGET, steps=STEPS, exp=exp))
-
-
-def id3_proportional() -> Step:
-    return _sparse(dk.ID3(budget=BUDGET, steps=STEPS, allocation="proportional"))
+def id3(exp: float = 0.0, **options: str) -> Callable[[], Step]:
+    """From the second step on as in the middle of a run: half of the budget is in training."""
+    schedule = [BUDGET // 2] + [BUDGET // 2 // STEPS] * STEPS
+    method = dk.ID3(budget=BUDGET, steps=STEPS + 1, exp=exp, schedule=schedule, **options)
+    return lambda: _sparse(method)
 
 
 def random_mask() -> Step:
@@ -151,7 +150,7 @@ CONTESTANTS: dict[str, Callable[[], Step]] = {
     "ID3 exp 1": id3(1.0),
     "ID3 exp -1": id3(-1.0),
     "ID3 exp 1.3": id3(1.3),
-    "ID3 proportional": id3_proportional,
+    "ID3 preset's selection": id3(allocation="proportional", precondition="factored"),
     "random mask": random_mask,
     "selective-optimizers ID3": id3_toolkit,
     "PEFT LoRA r8 (q, v)": peft_lora,

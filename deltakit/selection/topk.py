@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 SMALLEST = 1.401298464324817e-45  # the least positive float32: zero scores are not streamed
-SLACK = 16384  # entries beyond 2 k that may gather before the pool is cut back to k
+SLACK = 256  # entries beyond 2 k that may gather before the pool is cut back to k
 SAMPLE_STRIDE = 16
 
 

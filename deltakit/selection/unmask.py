@@ -72,31 +72,31 @@ class Unmasking:
         pool = self._pools[tensor]
         if not pool.k:
             return
-        for start, part, magnitude in self._parts(gradient):
-            largest = magnitude.max().item()
+        for start, part, scored in self._parts(gradient):
+            largest = max(abs(end.item()) for end in torch.aminmax(scored))
             if not np.isfinite(largest):
                 raise TrainingError(
                     f"{where}: the gradient is not finite ({largest}); lower the learning rate, "
                     "clip gradients or look for broken inputs"
                 )
             if largest > 0 and largest >= self.score.least_gradient(pool.threshold, *bounds):
-                self._offer_part(pool, tensor, part, magnitude, weight, start, bounds)
+                self._offer_part(pool, tensor, part, scored.abs(), weight, start, bounds)
 
     def _parts(self, gradient: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Pieces that stay within a core's cache: flat start, gradient [n], |g| to score [n]."""
+        """Pieces that stay within a core's cache: flat start, gradient [n], what is scored [n]."""
         size = 2**18 if gradient.device.type == "cpu" else 2**24
         if self.precondition == "none":
             flat = gradient.reshape(-1)
             for start in range(0, len(flat), size):
                 part = flat[start : start + size].float()
-                yield start, part, part.abs()
+                yield start, part, part
             return
         rows, columns = factored_rms(gradient)
         height, width = max(1, size // gradient.shape[1]), gradient.shape[1]
         for top in range(0, len(gradient), height):
             part = gradient[top : top + height].float()
-            magnitude = part.abs() * rows[top : top + height] * columns
-            yield top * width, part.reshape(-1), magnitude.reshape(-1)
+            scored = part * rows[top : top + height] * columns
+            yield top * width, part.reshape(-1), scored.reshape(-1)
 
     def _offer_part(
         self,
@@ -159,5 +159,5 @@ class Unmasking:
 
 def _where_at_least(magnitude: torch.Tensor, bound: float) -> torch.Tensor:
     if magnitude.device.type == "cpu":  # NumPy's flatnonzero is several times faster than torch's
-        return torch.from_numpy(np.flatnonzero(magnitude.numpy() >= np.float32(bound)))
+        return torch.from_numpy(np.flatnonzero((magnitude >= bound).numpy()))
     return (magnitude >= bound).nonzero().view(-1)

@@ -197,8 +197,9 @@ class Engine:
             )
         self._offered[target.number] = True
         self._begin()
-        flat[target.indices] = 0
-        flat[target.forbidden] = 0
+        for excluded in (target.indices, target.forbidden):
+            if len(excluded):
+                flat.index_fill_(0, excluded, 0)
         assert self.selector is not None
         matrix = flat.view(gradient.shape[0] if gradient.ndim > 1 else 1, -1)
         bounds = self._bounds[target.number]
