@@ -16,7 +16,7 @@ from deltakit.errors import BaseMismatchError, ConfigError, CoordinateError, nea
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import fingerprint, sample_positions
 from deltakit.training.arrays import dtype_name, to_numpy, to_torch
-from deltakit.training.coordinates import checkpoint_names, find_checkpoint
+from deltakit.training.coordinates import checkpoint_names, find_checkpoint, live_tensors
 
 
 @dataclass
@@ -61,7 +61,7 @@ def apply(
     checkpoint = (
         base if base is None or isinstance(base, Checkpoint) else Checkpoint(os.fspath(base))
     )
-    live = _live_tensors(model, checkpoint or find_checkpoint(model))
+    live = _by_stored_name(model, checkpoint or find_checkpoint(model))
     for delta in several:
         _check(delta, live, allow_base_mismatch)
     changes = []
@@ -95,17 +95,15 @@ def applied(
         handle.revert()
 
 
-def _live_tensors(
+def _by_stored_name(
     model: torch.nn.Module, checkpoint: Checkpoint | None
-) -> dict[str, torch.nn.Parameter]:
-    live = dict(model.named_parameters())
-    names = checkpoint_names(model, checkpoint)
+) -> dict[str, torch.Tensor]:
+    live = live_tensors(model)
+    names = checkpoint_names(model, checkpoint, buffers=True)
     return {stored or name: live[name] for name, stored in names.items()}
 
 
-def _check(
-    delta: SparseDelta, live: Mapping[str, torch.nn.Parameter], allow_base_mismatch: bool
-) -> None:
+def _check(delta: SparseDelta, live: Mapping[str, torch.Tensor], allow_base_mismatch: bool) -> None:
     shapes = {n: t.shape for n, t in delta.tensors.items()}
     shapes |= {n: a.shape for n, a in delta.extras.items()}
     for name, shape in shapes.items():

@@ -387,6 +387,28 @@ def test_tied_weights_are_one_tensor() -> None:
     assert model.tied.weight is model.embed.weight
 
 
+def test_batch_norm_statistics_travel_as_extras() -> None:
+    """Buffers that training changes are part of the model that was evaluated."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    before = _copy(model)
+    tuner = dk.SparseTuner(model, dk.RandomMask(budget=20), lr=1e-2)
+    generator = torch.Generator().manual_seed(4)
+    for step in range(6):
+        if step == 3:
+            state = deepcopy(tuner.state_dict())
+        model(torch.randn(8, 6, generator=generator)).square().mean().backward()
+        tuner.step()
+    delta = tuner.delta()
+    assert list(delta.extras) == ["1.num_batches_tracked", "1.running_mean", "1.running_var"]
+    fresh = deepcopy(model)
+    fresh.load_state_dict(before)
+    with dk.applied(fresh, delta):
+        assert _same(_copy(model), _copy(fresh))
+    assert _same(before, _copy(fresh))
+    tuner.load_state_dict(state)
+    assert int(model[1].num_batches_tracked) == 3
+
+
 def test_bad_requests_are_refused_before_anything_changes() -> None:
     model = Net()
     before, flags = _copy(model), [p.requires_grad for p in model.parameters()]

@@ -28,23 +28,35 @@ def find_checkpoint(model: torch.nn.Module) -> Checkpoint | None:
     return Checkpoint(path) if path and Path(path).is_dir() else None
 
 
-def checkpoint_names(
-    model: torch.nn.Module, checkpoint: Checkpoint | None
-) -> dict[str, str | None]:
-    """Live parameter name -> name in the checkpoint; None for what the checkpoint lacks.
+def saved_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Live name -> buffer, for the buffers that checkpoints hold (BatchNorm statistics)."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
-    Parameters come in the model's order, tied ones once. Without a checkpoint the live names are
-    the coordinates. Raises CoordinateError where names match and shapes differ.
+
+def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All that a checkpoint of the model holds, by live name: parameters, then saved buffers."""
+    return {**dict(model.named_parameters()), **saved_buffers(model)}
+
+
+def checkpoint_names(
+    model: torch.nn.Module, checkpoint: Checkpoint | None, *, buffers: bool = False
+) -> dict[str, str | None]:
+    """Live name -> name in the checkpoint; None for what the checkpoint lacks.
+
+    Names of parameters in the model's order, tied ones once, then of saved buffers if asked.
+    Without a checkpoint the live names are the coordinates. Raises CoordinateError where names
+    match and shapes differ.
     """
-    live = dict(model.named_parameters())
+    live = live_tensors(model) if buffers else dict[str, torch.Tensor](model.named_parameters())
     if checkpoint is None:
-        return dict.fromkeys(live) | {name: name for name in live}
+        return {name: name for name in live}
     prefix = getattr(model, "base_model_prefix", "")
     names = {name: _resolve(name, prefix, checkpoint) for name in live}
     for name, stored in names.items():
         if stored is not None and tuple(checkpoint.tensors[stored].shape) != live[name].shape:
             raise CoordinateError(
-                f"live parameter {name!r} has shape {list(live[name].shape)}, but {stored!r} in "
+                f"live tensor {name!r} has shape {list(live[name].shape)}, but {stored!r} in "
                 f"the checkpoint has {list(checkpoint.tensors[stored].shape)}; load the model as "
                 "its checkpoint describes it"
             )

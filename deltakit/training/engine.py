@@ -6,7 +6,7 @@ entries, lets the selector score the rest, and frees it before the next one is c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,7 @@ def make_extra(name: str, parameter: torch.nn.Parameter) -> Extra:
 class Engine:
     """Entries, extras, selector and the hooks that feed them.
 
+    buffers: the model's saved buffers by name; forward may change them, the engine never does.
     accumulation_steps: backward passes per optimizer step. Selection needs the gradient summed
     over all of them, so a step that selects keeps dense gradients until the last pass; a step on
     a fixed support frees every one at once.
@@ -62,10 +63,13 @@ class Engine:
         extras: Sequence[Extra],
         selector: Unmasking | None,
         *,
+        buffers: Mapping[str, torch.Tensor] | None = None,
         accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
     ) -> None:
         self.entries = entries
+        self.buffers = dict(buffers or {})
+        self._buffers_before = {name: b.detach().clone() for name, b in self.buffers.items()}
         self.extras = list(extras)
         self.selector = selector
         self.accumulation_steps = accumulation_steps
@@ -125,6 +129,11 @@ class Engine:
         self._offered = [False] * len(self._offered)
         self._finished = self._began = False
 
+    def changed_buffers(self) -> dict[str, torch.Tensor]:
+        """The buffers whose values are no longer the base's."""
+        before = self._buffers_before
+        return {n: b for n, b in self.buffers.items() if not torch.equal(b, before[n])}
+
     def close(self) -> None:
         """Remove the hooks; the model keeps its trained weights."""
         for hook in self._hooks:
@@ -142,6 +151,7 @@ class Engine:
             "order": entries.order[taken].clone(),
             "targets": {t.name: (t.indices.clone(), t.slots.clone()) for t in entries.targets},
             "extras": {e.name: (e.master.detach().clone(), e.updates) for e in self.extras},
+            "buffers": {name: b.detach().clone() for name, b in self.buffers.items()},
         }
 
     @torch.no_grad()
@@ -168,6 +178,8 @@ class Engine:
             master, extra.updates = state["extras"][extra.name]
             extra.master.copy_(master)
             extra.write_through()
+        for name, buffer in self.buffers.items():
+            buffer.copy_(state["buffers"][name])
         self.step = int(state["step"])
         entries.write_through()
         self.clear_gradients()

@@ -14,7 +14,12 @@ from deltakit.errors import ConfigError, TrainingError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.selection.methods import Method
 from deltakit.training.arrays import dtype_name, to_numpy
-from deltakit.training.coordinates import checkpoint_names, config_changes, find_checkpoint
+from deltakit.training.coordinates import (
+    checkpoint_names,
+    config_changes,
+    find_checkpoint,
+    saved_buffers,
+)
 from deltakit.training.engine import Engine, make_extra
 from deltakit.training.entries import Entries, Target
 from deltakit.training.live_identity import LiveIdentity
@@ -33,7 +38,8 @@ class SparseTuner:
     `SparseAdamW`; extras_lr: the extras' own rate (lr by default).
     target, exclude: patterns (see `training.coordinates.matching`) for tensors that may be
     trained; all floating-point tensors by default. extras: patterns for tensors trained densely,
-    outside the budget; tensors that the base lacks always are extras.
+    outside the budget; tensors that the base lacks and buffers that training changes (BatchNorm
+    statistics) always are extras.
     accumulation_steps: backward passes per step. max_grad_norm: clips the gradients of chosen
     entries and extras. total_steps: optimizer steps of the whole run, where the method needs it.
     budget_checkpoints: counts of entries at which unmasking pauses for one step.
@@ -77,6 +83,8 @@ class SparseTuner:
         self.model, self.method = model, method
         self.checkpoint = _open(base) or find_checkpoint(model)
         names = checkpoint_names(model, self.checkpoint)
+        stored = checkpoint_names(model, self.checkpoint, buffers=True)
+        buffers = {stored[n] or n: buffer for n, buffer in saved_buffers(model).items()}
         targets, extra_names = choose_targets(model, names, target, exclude, extras)
         self._requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
         self._identity = LiveIdentity(model, targets, self.checkpoint, model_id, revision)
@@ -94,6 +102,7 @@ class SparseTuner:
             entries,
             kept,
             selector,
+            buffers=buffers,
             accumulation_steps=accumulation_steps,
             max_grad_norm=max_grad_norm,
         )
@@ -135,6 +144,7 @@ class SparseTuner:
         tensors = {t.name: self._tensor(t, order) for t in trained}
         base = self._identity.of({t.name: self._base_values(t) for t in trained})
         extras = {e.name: to_numpy(e.parameter) for e in self.engine.extras}
+        extras |= {n: to_numpy(buffer) for n, buffer in self.engine.changed_buffers().items()}
         return SparseDelta(
             tensors=tensors,
             extras=extras,
