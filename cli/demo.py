@@ -14,7 +14,7 @@ from deltakit.cli.options import PATH, force_option, json_option, print_json
     "-o", "--output", type=PATH, default=Path("deltakit-demo"), show_default=True, help="Folder."
 )
 @click.option("--files-only", is_flag=True, help="Only write the embedded model and data.")
-@click.option("--max-steps", type=click.IntRange(min=1), help="Train less.")
+@click.option("--max-steps", type=click.IntRange(min=30), help="Train less.")
 @force_option
 @json_option
 def command(
