@@ -1,8 +1,6 @@
-"""Schedules and allocations: exact sums, monotone, nested, whatever the numbers."""
+"""Schedules: exact sums and monotone, whatever the numbers."""
 
 from __future__ import annotations
-
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltakit.errors import BudgetError
-from deltakit.selection.allocation import proportional_counts, proportional_seats
 from deltakit.selection.schedules import SCHEDULES, unmasking_plan
 
 BUDGETS = st.integers(1, 10_000)
@@ -66,35 +63,3 @@ def test_custom_schedules_and_refusals() -> None:
         unmasking_plan("uniform", 10, 0)
     with pytest.raises(BudgetError, match="must rise"):
         unmasking_plan(lambda b, t, n: b - t, 10, 3)
-
-
-def _naive_seats(sizes: list[int], budget: int) -> list[int]:
-    """Webster's method seat by seat, in exact fractions."""
-    counts, seats = [0] * len(sizes), []
-    for _ in range(budget):
-        open_ = [i for i, s in enumerate(sizes) if counts[i] < s]
-        best = max(open_, key=lambda i: (Fraction(2 * sizes[i], 2 * counts[i] + 1), -i))
-        counts[best] += 1
-        seats.append(best)
-    return seats
-
-
-@given(st.lists(st.integers(0, 60), min_size=1, max_size=8), st.data())
-def test_proportional_seats_equal_the_method_seat_by_seat(
-    sizes: list[int], data: st.DataObject
-) -> None:
-    budget = data.draw(st.integers(0, sum(sizes)))
-    assert proportional_seats(sizes, budget).tolist() == _naive_seats(sizes, budget)
-
-
-def test_proportional_budgets_are_nested_and_bounded() -> None:
-    sizes = [384 * 384] * 24 + [384 * 1536] * 12 + [384] * 60
-    before = [0] * len(sizes)
-    for budget in (1, 10, 1_000, 50_000, 100_000):
-        counts = proportional_counts(sizes, budget)
-        assert sum(counts) == budget
-        assert all(a <= b <= size for a, b, size in zip(before, counts, sizes, strict=True))
-        before = counts
-    assert proportional_counts([2, 3], 5) == [2, 3]
-    with pytest.raises(BudgetError, match="more than the 5 weights"):
-        proportional_seats([2, 3], 6)
