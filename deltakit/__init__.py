@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from deltakit.live import apply as apply
     from deltakit.merging import merge as merge
     from deltakit.selection import ID3 as ID3
+    from deltakit.selection import DropAndGrow as DropAndGrow
+    from deltakit.selection import Increment as Increment
     from deltakit.selection import RandomMask as RandomMask
+    from deltakit.selection import Repeat as Repeat
+    from deltakit.selection import Static as Static
     from deltakit.training.trainer import SparseTrainer as SparseTrainer
     from deltakit.training.tuner import SparseTuner as SparseTuner
     from deltakit.truncation import truncate as truncate
@@ -34,12 +38,16 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "BaseIdentity": "deltakit.delta",
     "DeltakitError": "deltakit.errors",
+    "DropAndGrow": "deltakit.selection",
     "Fingerprint": "deltakit.delta",
     "ID3": "deltakit.selection",
+    "Increment": "deltakit.selection",
     "RandomMask": "deltakit.selection",
+    "Repeat": "deltakit.selection",
     "SparseDelta": "deltakit.delta",
     "SparseTrainer": "deltakit.training.trainer",
     "SparseTuner": "deltakit.training.tuner",
+    "Static": "deltakit.selection",
     "TensorDelta": "deltakit.delta",
     "applied": "deltakit.live",
     "apply": "deltakit.live",

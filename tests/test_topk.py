@@ -110,14 +110,15 @@ def test_unmasking_equals_a_dense_reference(
                 rows, columns = factored_rms(g.view(shape))
                 matrix = matrix.abs() * rows * columns
             scores.append(score.score(matrix.reshape(-1), w))
-        selector.begin(step)
+        support = _Taken({n: np.array(sorted(taken[n]), np.int64) for n in range(4)})
+        selector.begin(step, support)
         for number in (2, 0, 3, 1):
             bounds = weights[number].abs().min().item(), weights[number].abs().max().item()
             gradient = masked[number].clone().view(shapes[number])
             selector.offer(number, gradient, weights[number], bounds, "w")
         found = {
             (t, i): g
-            for t, indices, grads in selector.choose(lambda n: np.array(sorted(taken[n])))
+            for t, indices, grads in selector.choose(support).joining
             for i, g in zip(indices.tolist(), grads.tolist(), strict=True)
         }
         before = plan[step - 1] if step else 0
@@ -132,6 +133,23 @@ def test_unmasking_equals_a_dense_reference(
             taken[t].add(i)
 
 
+class _Taken:
+    """A support of which only the blocked indices are asked for."""
+
+    def __init__(self, blocked: dict[int, np.ndarray]) -> None:
+        self._blocked = blocked
+
+    def indices(self, number: int) -> torch.Tensor:
+        raise AssertionError("an unmasking does not ask for indices")
+
+    values = indices
+
+    def blocked(self, number: int) -> np.ndarray:
+        return self._blocked[number]
+
+    forbidden = blocked
+
+
 def _dense_best(scores: list[torch.Tensor], k: int) -> set[tuple[int, int]]:
     flat = torch.cat(scores).numpy()
     owner = np.repeat(np.arange(len(scores)), [len(s) for s in scores])
@@ -142,10 +160,10 @@ def _dense_best(scores: list[torch.Tensor], k: int) -> set[tuple[int, int]]:
 
 def test_missing_scores_are_filled_in_tie_order_with_zero_gradients() -> None:
     selector = Unmasking(D3(), np.array([6]), [3, 4, 5])
-    selector.begin(0)
-    selector.offer(1, torch.tensor([[0.0, 2.0, 0.0, 0.0]]), torch.ones(4), (1.0, 1.0), "w")
     blocked = {0: np.array([1]), 1: np.array([0]), 2: np.zeros(0, np.int64)}
-    chosen = selector.choose(lambda n: blocked[n])
+    selector.begin(0, _Taken(blocked))
+    selector.offer(1, torch.tensor([[0.0, 2.0, 0.0, 0.0]]), torch.ones(4), (1.0, 1.0), "w")
+    chosen = selector.choose(_Taken(blocked)).joining
     entries = {
         (t, i): g for t, ind, gs in chosen for i, g in zip(ind.tolist(), gs.tolist(), strict=True)
     }
@@ -176,7 +194,7 @@ def test_the_factored_estimate_is_adafactors() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_refused(bad: float, precondition: str) -> None:
     selector = Unmasking(D3(), np.array([1]), [3], precondition=precondition)
-    selector.begin(0)
+    selector.begin(0, _Taken({}))
     with pytest.raises(TrainingError, match=r"layer\.weight: the gradient is not finite"):
         gradient = torch.tensor([[1.0, bad, 0.0]])
         selector.offer(0, gradient, torch.ones(3), (1.0, 1.0), "layer.weight")

@@ -416,7 +416,7 @@ def test_bad_requests_are_refused_before_anything_changes() -> None:
         dk.SparseTuner(model, dk.ID3(budget=10, steps=1), target="twyce")
     with pytest.raises(BudgetError, match="budget 5000 cannot be met: 0 entries are taken"):
         dk.SparseTuner(model, dk.ID3(budget=5000, steps=1))
-    with pytest.raises(BudgetError, match="ID3 needs steps="):
+    with pytest.raises(BudgetError, match="steps= is missing, the number of steps"):
         dk.SparseTuner(model, dk.ID3(budget=10))
     with pytest.raises(BudgetError, match="no budget checkpoints; truncate"):
         dk.SparseTuner(model, dk.RandomMask(budget=10), budget_checkpoints=[5])

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from deltakit.errors import ConfigError
+from deltakit.selection.heuristics import HEURISTICS
 
 _EXACT_POWERS = (-2.0, -1.0, 1.0, 2.0)
 
 
+@HEURISTICS.register("d3", "large gradient on small weight", "ID3, Agarwal et al. 2024")
 @dataclass(frozen=True, slots=True)
 class D3:
     """H = |g| / (eps + |w|)^exp (Agarwal et al. 2024, ID3, eq. 1-2), in float32.

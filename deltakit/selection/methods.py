@@ -2,53 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import torch
 
 from deltakit.dtypes import Array
 from deltakit.errors import BudgetError
 from deltakit.registry import Registry
+from deltakit.selection.scene import Candidate, Scene
 
-if TYPE_CHECKING:
-    from deltakit.selection.unmask import Unmasking
+METHODS: Registry[Callable[..., Any]] = Registry("method")
 
-METHODS: Registry[type[Any]] = Registry("method")
-
-
-class Candidate(Protocol):
-    """A tensor that entries may be chosen from."""
-
-    @property
-    def name(self) -> str:
-        """Its name in checkpoint coordinates."""
-
-    @property
-    def numel(self) -> int:
-        """Elements of the whole tensor."""
-
-    def blocked(self) -> Array:
-        """Flat indices that are taken or must not be chosen, int64, sorted."""
+Joining = tuple[int, torch.Tensor, torch.Tensor]  # tensor number, flat indices, their gradients
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A support known before training: flat indices int64 [n] of one candidate.
+    """A support known before training: flat indices int64 [n] of one candidate, sorted.
 
-    seed: set when `deltakit.formats.seeded` regenerates exactly these indices from it.
+    seed: set when `deltakit.formats.seeded` regenerates exactly these indices from it. values:
+    what the entries start from, float [n]; zeros by default.
     """
 
     number: int
     indices: Array
     seed: int | None = None
+    values: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a support changes: entries that leave and entries that join, per tensor number."""
+
+    leaving: Sequence[tuple[int, torch.Tensor]] = ()
+    joining: Sequence[Joining] = ()
+
+
+class Support(Protocol):
+    """The entries in training, as a selector may ask for them; indices int64, not sorted."""
+
+    def indices(self, number: int) -> torch.Tensor:
+        """Flat indices of one tensor's entries, int64 [n]."""
+
+    def values(self, number: int) -> torch.Tensor:
+        """Their values, in the same order, [n]."""
+
+    def blocked(self, number: int) -> Array:
+        """Flat indices that are taken or must not be chosen, int64, sorted."""
+
+    def forbidden(self, number: int) -> Array:
+        """Flat indices that must not be chosen, int64, sorted; those taken may be."""
+
+
+class Selector(Protocol):
+    """Chooses entries while training runs.
+
+    A selector either scores the gradients of some steps (`scores_step`), in which case the engine
+    calls `begin`, `offer` for each tensor that has a gradient, in any order, and `choose`; or it
+    needs no gradient of a step and answers `ahead`, asked before every step's backward.
+    """
+
+    @property
+    def competes(self) -> bool:
+        """Whether entries in training are scored again; if not, their gradients come as zero."""
+
+    @property
+    def restores(self) -> bool:
+        """Whether leaving entries get their base bits back; if not they rest where they are."""
+
+    def scores_step(self, step: int) -> bool:
+        """Whether the gradients of this step are scored."""
+
+    def begin(self, step: int, support: Support) -> None:
+        """A step whose gradients are scored begins."""
+
+    def offer(
+        self,
+        tensor: int,
+        gradient: torch.Tensor,
+        weight: torch.Tensor,
+        bounds: tuple[float, float],
+        where: str,
+    ) -> None:
+        """Score a tensor's dense gradient [R, C]; weight: flat; bounds: least and largest |w|."""
+
+    def choose(self, support: Support) -> Change:
+        """What joins and leaves, now that every tensor was offered."""
+
+    def ahead(self, step: int, support: Support) -> Change | None:
+        """What joins and leaves before the step, without its gradients; None for no change."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: a fixed support, and a selector where entries join during training."""
+    """How a run begins: a fixed support, and a selector where entries join during training.
+
+    frozen: the support's values are the result and are not trained (masks that zero weights).
+    """
 
     support: list[Chosen] = field(default_factory=list)
-    selector: Unmasking | None = None
+    selector: Selector | None = None
+    frozen: bool = False
 
 
 class Method(Protocol):
@@ -58,15 +114,8 @@ class Method(Protocol):
     def budget(self) -> int:
         """Entries in all, those of a delta that training continues from included."""
 
-    def start(
-        self,
-        candidates: Sequence[Candidate],
-        *,
-        taken: int,
-        total_steps: int | None,
-        marks: Sequence[int],
-    ) -> Start:
-        """Begin a run. taken: entries in training already. marks: budget checkpoints."""
+    def start(self, scene: Scene) -> Start:
+        """Begin a run; raises BudgetError or ConfigError before anything changes."""
 
 
 def check_budget(budget: int) -> None:
@@ -75,12 +124,26 @@ def check_budget(budget: int) -> None:
         raise BudgetError(f"budget must be at least 1, found {budget}")
 
 
-def check_room(budget: int, taken: int, room: int) -> int:
-    """Entries left to choose; BudgetError when the tensors cannot hold them."""
-    left = budget - taken
-    if left < 0 or left > room:
+def refuse_marks(scene: Scene, budget: int, what: str) -> None:
+    """Raise BudgetError for budget checkpoints below the budget, which `what` does not have."""
+    if [m for m in scene.marks if m < budget]:
         raise BudgetError(
-            f"budget {budget} cannot be met: {taken} entries are taken already and {room} more "
-            "can be chosen from the targets"
+            f"{what} is fixed from the start and has no budget checkpoints; truncate "
+            "the trained delta instead"
         )
-    return left
+
+
+__all__ = [
+    "METHODS",
+    "Candidate",
+    "Change",
+    "Chosen",
+    "Joining",
+    "Method",
+    "Scene",
+    "Selector",
+    "Start",
+    "Support",
+    "check_budget",
+    "refuse_marks",
+]

@@ -14,13 +14,13 @@ class TopK:
     """The k entries of highest score; ties go to the earlier tensor, then to the lower index.
 
     An entry may be dropped as soon as k better ones are pooled, so the k-th best score so far is
-    a threshold that only rises. Entries of score zero are never pooled: when fewer than k score
-    above zero, the caller fills up in tie order.
+    a threshold that only rises. floor: entries below it are not worth pooling. By default that is
+    every score of zero: when fewer than k score above zero, the caller fills up in tie order.
     """
 
-    def __init__(self, k: int) -> None:
+    def __init__(self, k: int, floor: float = SMALLEST) -> None:
         self.k = k
-        self.threshold = SMALLEST
+        self.threshold = self._floor = floor
         self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._count = 0
 
@@ -30,7 +30,7 @@ class TopK:
         The k-th best of any k or more entries bounds the k-th best of all from below.
         """
         sample = scores[::SAMPLE_STRIDE]
-        if self.threshold == SMALLEST and len(sample) >= self.k > 0:
+        if self.threshold == self._floor and len(sample) >= self.k > 0:
             kth = torch.topk(sample, self.k).values[-1].item()
             self.threshold = max(self.threshold, kth)
 

@@ -2,58 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from deltakit.dtypes import Array
-from deltakit.errors import TrainingError
-from deltakit.selection.d3 import D3
-from deltakit.selection.precondition import factored_rms
-from deltakit.selection.topk import TopK
-
-Unmasked = tuple[int, torch.Tensor, torch.Tensor]  # tensor number, flat indices, their gradients
+from deltakit.selection.heuristics import StepScore
+from deltakit.selection.methods import Change, Support
+from deltakit.selection.pools import Pools
 
 
 class Unmasking:
     """The selector of one incremental run.
 
-    score: of entries. plan: cumulative number of entries after each selection step, int64
-    [steps]. numels: elements per tensor, in tensor order. seats: which tensor each entry of the
-    budget belongs to, int [budget], or None where all tensors compete. precondition: what scores
-    are made of, "none" (the gradient) or "factored" (see `selection.precondition`). Per optimizer step:
-    `begin`, then `offer` once for each tensor that has a gradient, in any order, then `choose`.
+    score: of entries. plan: cumulative number of entries after each selection, int64 [n]. numels:
+    elements per tensor, in tensor order. seats: which tensor each entry of the budget belongs to,
+    int [budget], or None where all tensors compete. precondition: see `Pools`. every: steps from
+    one selection to the next; the first is at step 0.
     """
+
+    competes = False
+    restores = True
 
     def __init__(
         self,
-        score: D3,
+        score: StepScore,
         plan: Array,
         numels: Sequence[int],
         seats: Array | None = None,
         precondition: str = "none",
+        every: int = 1,
     ) -> None:
-        self.score = score
-        self.precondition = precondition
         self.plan = plan
-        self._numels = list(numels)
+        self._every = every
         self._seats = seats
-        self._pools: list[TopK] = []
+        self._tensors = len(numels)
+        self._pools = Pools(score, numels, precondition)
 
-    @property
-    def steps(self) -> int:
-        """Steps that select; later ones train a fixed support."""
-        return len(self.plan)
+    def scores_step(self, step: int) -> bool:
+        """Every n-th step, until the plan is done."""
+        return step % self._every == 0 and step // self._every < len(self.plan)
 
-    def begin(self, step: int) -> None:
-        """Open the pools of selection step `step`."""
-        start, stop = int(self.plan[step - 1]) if step else 0, int(self.plan[step])
+    def begin(self, step: int, support: Support) -> None:
+        """Open the pools of the selection at `step`."""
+        number = step // self._every
+        start, stop = int(self.plan[number - 1]) if number else 0, int(self.plan[number])
         if self._seats is None:
-            self._pools = [TopK(stop - start)] * len(self._numels)
+            self._pools.open(stop - start)
         else:
-            counts = np.bincount(self._seats[start:stop], minlength=len(self._numels))
-            self._pools = [TopK(int(k)) for k in counts]
+            self._pools.open(np.bincount(self._seats[start:stop], minlength=self._tensors).tolist())
 
     def offer(
         self,
@@ -63,101 +61,12 @@ class Unmasking:
         bounds: tuple[float, float],
         where: str,
     ) -> None:
-        """Score a tensor's dense gradient and pool what may win.
+        """Score one tensor's gradient; see `Pools.offer`."""
+        self._pools.offer(tensor, gradient, weight, bounds, where)
 
-        gradient: [R, C], zero at entries that must not be chosen; a vector is one row. weight:
-        flat [R * C]. bounds: least and largest |w|. where: names the tensor in errors. Raises
-        TrainingError for a gradient that is not finite.
-        """
-        pool = self._pools[tensor]
-        if not pool.k:
-            return
-        for start, part, scored in self._parts(gradient):
-            largest = max(abs(end.item()) for end in torch.aminmax(scored))
-            if not np.isfinite(largest):
-                raise TrainingError(
-                    f"{where}: the gradient is not finite ({largest}); lower the learning rate, "
-                    "clip gradients or look for broken inputs"
-                )
-            if largest > 0 and largest >= self.score.least_gradient(pool.threshold, *bounds):
-                self._offer_part(pool, tensor, part, scored.abs(), weight, start, bounds)
+    def choose(self, support: Support) -> Change:
+        """The entries that join now, exactly as many as planned."""
+        return Change(joining=self._pools.best(support.blocked))
 
-    def _parts(self, gradient: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Pieces that stay within a core's cache: flat start, gradient [n], what is scored [n]."""
-        size = 2**18 if gradient.device.type == "cpu" else 2**24
-        if self.precondition == "none":
-            flat = gradient.reshape(-1)
-            for start in range(0, len(flat), size):
-                part = flat[start : start + size].float()
-                yield start, part, part
-            return
-        rows, columns = factored_rms(gradient)
-        height, width = max(1, size // gradient.shape[1]), gradient.shape[1]
-        for top in range(0, len(gradient), height):
-            part = gradient[top : top + height].float()
-            scored = part * rows[top : top + height] * columns
-            yield top * width, part.reshape(-1), scored.reshape(-1)
-
-    def _offer_part(
-        self,
-        pool: TopK,
-        tensor: int,
-        part: torch.Tensor,
-        magnitude: torch.Tensor,
-        weight: torch.Tensor,
-        start: int,
-        bounds: tuple[float, float],
-    ) -> None:
-        if self.score.exp == 0:
-            pool.raise_threshold(magnitude)
-        near = _where_at_least(magnitude, self.score.least_gradient(pool.threshold, *bounds))
-        scores = self.score.score(magnitude[near], weight[start + near])
-        if self.score.exp != 0:
-            pool.raise_threshold(scores)
-        good = scores >= pool.threshold
-        near = near[good]
-        pool.offer(tensor, scores[good], start + near, part[near])
-
-    def choose(self, taken: Callable[[int], Array]) -> list[Unmasked]:
-        """The entries that join now; exactly as many as planned, whatever the gradients were.
-
-        taken: gives the flat indices of a tensor that must not be chosen; asked only when fewer
-        entries score above zero than are wanted. The rest then comes in tie order: earlier
-        tensor, lower index, with a gradient of zero.
-        """
-        chosen: list[Unmasked] = []
-        for pool in dict.fromkeys(self._pools):
-            owners, indices, gradients = pool.result()
-            for tensor in torch.unique(owners).tolist():
-                mine = owners == tensor
-                chosen.append((tensor, indices[mine], gradients[mine]))
-            missing = pool.k - len(owners)
-            if missing:
-                members = [n for n, p in enumerate(self._pools) if p is pool]
-                chosen += self._first_free(missing, members, chosen, taken)
-        self._pools = []
-        return sorted(chosen, key=lambda c: c[0])
-
-    def _first_free(
-        self,
-        missing: int,
-        members: list[int],
-        chosen: list[Unmasked],
-        taken: Callable[[int], Array],
-    ) -> list[Unmasked]:
-        found: list[Unmasked] = []
-        for tensor in members:
-            blocked = [indices.cpu().numpy() for t, indices, _ in chosen if t == tensor]
-            used = np.unique(np.concatenate([*blocked, taken(tensor)]))
-            candidates = np.arange(min(self._numels[tensor], missing + len(used)))
-            free = np.setdiff1d(candidates, used, assume_unique=True)[:missing]
-            if len(free):
-                found.append((tensor, torch.from_numpy(free), torch.zeros(len(free))))
-                missing -= len(free)
-        return found
-
-
-def _where_at_least(magnitude: torch.Tensor, bound: float) -> torch.Tensor:
-    if magnitude.device.type == "cpu":  # NumPy's flatnonzero is several times faster than torch's
-        return torch.from_numpy(np.flatnonzero((magnitude >= bound).numpy()))
-    return (magnitude >= bound).nonzero().view(-1)
+    def ahead(self, step: int, support: Support) -> None:
+        """Nothing: this selector needs the gradients of its steps."""

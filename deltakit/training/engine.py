@@ -15,8 +15,9 @@ import torch
 
 from deltakit.dtypes import Array
 from deltakit.errors import TrainingError
-from deltakit.selection.unmask import Unmasking
+from deltakit.selection.methods import Change, Selector
 from deltakit.training.entries import Entries, Target
+from deltakit.training.resting import Resting
 
 
 @dataclass(eq=False)
@@ -51,6 +52,7 @@ def make_extra(name: str, parameter: torch.nn.Parameter) -> Extra:
 class Engine:
     """Entries, extras, selector and the hooks that feed them.
 
+    frozen: the entries' values are given and not trained; only extras are.
     buffers: the model's saved buffers by name; forward may change them, the engine never does.
     accumulation_steps: backward passes per optimizer step. Selection needs the gradient summed
     over all of them, so a step that selects keeps dense gradients until the last pass; a step on
@@ -61,8 +63,9 @@ class Engine:
         self,
         entries: Entries,
         extras: Sequence[Extra],
-        selector: Unmasking | None,
+        selector: Selector | None,
         *,
+        frozen: bool = False,
         buffers: Mapping[str, torch.Tensor] | None = None,
         accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
@@ -72,9 +75,12 @@ class Engine:
         self._buffers_before = {name: b.detach().clone() for name, b in self.buffers.items()}
         self.extras = list(extras)
         self.selector = selector
+        self.frozen = frozen
         self.accumulation_steps = accumulation_steps
         self.max_grad_norm = max_grad_norm
         self.step = 0
+        # Places whose entry was replaced: the optimizer's state there belongs to one that has left.
+        self.renewed = torch.zeros(0, dtype=torch.int64, device=entries.base.device)
         self.gradient_norm: float | None = None
         self._passes = [0] * len(entries.targets)
         self._offered = [False] * len(entries.targets)
@@ -82,12 +88,13 @@ class Engine:
         self._began = False
         self._bounds = [_weight_bounds(t.flat) for t in entries.targets] if selector else []
         self._hooks = [_on_gradient(t.parameter, self._hook(t)) for t in entries.targets]
+        self._change_ahead()
         self._freeze_untrained()
 
     @property
     def selecting(self) -> bool:
-        """Whether the current step unmasks entries."""
-        return self.selector is not None and self.step < self.selector.steps
+        """Whether the current step's gradients are scored, to change the support."""
+        return self.selector is not None and self.selector.scores_step(self.step)
 
     def finish_gradients(self) -> float:
         """Take in what backward left, select, clip; returns the norm before clipping.
@@ -101,7 +108,8 @@ class Engine:
                     self._consume(target)
             if self.selecting:
                 self._begin()
-                self._unmask()
+                assert self.selector is not None
+                self._exchange(self.selector.choose(self))
             self.gradient_norm = self._clip()
             self._finished = True
         assert self.gradient_norm is not None
@@ -115,7 +123,8 @@ class Engine:
         was_selecting = self.selecting
         self.step += 1
         self.clear_gradients()
-        if was_selecting and not self.selecting:
+        changed = self._change_ahead()
+        if changed or was_selecting != self.selecting:
             self._freeze_untrained()
 
     def clear_gradients(self) -> None:
@@ -128,6 +137,22 @@ class Engine:
         self._passes = [0] * len(self._passes)
         self._offered = [False] * len(self._offered)
         self._finished = self._began = False
+
+    def indices(self, number: int) -> torch.Tensor:
+        """Flat indices of one tensor's entries in training, int64 [n]."""
+        return self.entries.targets[number].indices
+
+    def values(self, number: int) -> torch.Tensor:
+        """Their values, in the same order, [n]."""
+        return self.entries.values.detach()[self.entries.targets[number].slots]
+
+    def blocked(self, number: int) -> Array:
+        """Flat indices that are taken or must not be chosen, int64, sorted."""
+        return self.entries.targets[number].blocked()
+
+    def forbidden(self, number: int) -> Array:
+        """Flat indices that must not be chosen, int64, sorted; those taken may be."""
+        return self.entries.targets[number].forbidden.cpu().numpy()
 
     def changed_buffers(self) -> dict[str, torch.Tensor]:
         """The buffers whose values are no longer the base's."""
@@ -150,6 +175,7 @@ class Engine:
             "base": entries.base[taken].clone(),
             "order": entries.order[taken].clone(),
             "targets": {t.name: (t.indices.clone(), t.slots.clone()) for t in entries.targets},
+            "resting": {t.name: t.resting.state() for t in entries.targets if t.resting},
             "extras": {e.name: (e.master.detach().clone(), e.updates) for e in self.extras},
             "buffers": {name: b.detach().clone() for name, b in self.buffers.items()},
         }
@@ -174,6 +200,8 @@ class Engine:
             indices, slots = state["targets"][target.name]
             target.indices = indices.to(target.parameter.device)
             target.slots = slots.to(entries.base.device)
+            rest = state["resting"].get(target.name)
+            target.resting = rest and Resting(*(array.to(entries.base.device) for array in rest))
         for extra in self.extras:
             master, extra.updates = state["extras"][extra.name]
             extra.master.copy_(master)
@@ -182,6 +210,7 @@ class Engine:
             buffer.copy_(state["buffers"][name])
         self.step = int(state["step"])
         entries.write_through()
+        entries.write_resting()
         self.clear_gradients()
         self._freeze_untrained()
 
@@ -209,10 +238,11 @@ class Engine:
             )
         self._offered[target.number] = True
         self._begin()
-        for excluded in (target.indices, target.forbidden):
-            if len(excluded):
-                flat.index_fill_(0, excluded, 0)
         assert self.selector is not None
+        taken = [] if self.selector.competes else [target.indices]
+        for indices in (target.forbidden, *taken):
+            if len(indices):
+                flat.index_fill_(0, indices, 0)
         matrix = flat.view(gradient.shape[0] if gradient.ndim > 1 else 1, -1)
         bounds = self._bounds[target.number]
         self.selector.offer(target.number, matrix, target.flat, bounds, target.live_name)
@@ -220,16 +250,22 @@ class Engine:
     def _begin(self) -> None:
         if not self._began:
             assert self.selector is not None
-            self.selector.begin(self.step)
+            if self.selector.competes:  # entries in training move, and with them the bounds
+                self._bounds = [_weight_bounds(t.flat) for t in self.entries.targets]
+            self.selector.begin(self.step, self)
             self._began = True
 
-    def _unmask(self) -> None:
-        assert self.selector is not None
-        for number, indices, gradient in self.selector.choose(self._blocked):
-            self.entries.add(self.entries.targets[number], indices, self.step, gradient)
+    def _change_ahead(self) -> bool:
+        """Let the selector change the support before the step; whether it did."""
+        change = self.selector.ahead(self.step, self) if self.selector else None
+        if change is not None:
+            self._exchange(change)
+        return change is not None
 
-    def _blocked(self, number: int) -> Array:
-        return self.entries.targets[number].blocked()
+    def _exchange(self, change: Change) -> None:
+        assert self.selector is not None
+        slots = self.entries.exchange(change, self.step, restore=self.selector.restores)
+        self.renewed = torch.cat([self.renewed, slots])
 
     def _clip(self) -> float:
         gradients = [self.entries.gradient]
@@ -249,7 +285,8 @@ class Engine:
     def _freeze_untrained(self) -> None:
         """Once the support is fixed, tensors without entries need no gradient at all."""
         for target in self.entries.targets:
-            target.parameter.requires_grad_(self.selecting or len(target.indices) > 0)
+            trained = len(target.indices) > 0 and not self.frozen
+            target.parameter.requires_grad_(self.selecting or trained)
 
 
 def _on_gradient(parameter: torch.nn.Parameter, hook: Callable[[torch.Tensor], None]) -> Any:

@@ -9,6 +9,8 @@ import torch
 
 from deltakit.dtypes import Array
 from deltakit.errors import TrainingError
+from deltakit.selection.methods import Change
+from deltakit.training.resting import Resting
 
 
 def _no_positions() -> torch.Tensor:
@@ -32,11 +34,17 @@ class Target:
     slots: torch.Tensor = field(default_factory=_no_positions)
     forbidden: torch.Tensor = field(default_factory=_no_positions)
     seed: int | None = None
+    resting: Resting | None = None
 
     @property
     def flat(self) -> torch.Tensor:
         """The live weights as a flat view that shares their memory."""
         return self.parameter.data.view(-1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        return tuple(self.parameter.shape)
 
     @property
     def numel(self) -> int:
@@ -93,19 +101,66 @@ class Entries:
         values: torch.Tensor | None = None,
     ) -> None:
         """Take entries of one tensor into training: flat indices [n], none of them taken yet."""
-        stop = self.count + len(indices)
-        place = slice(self.count, stop)
+        slots = torch.arange(self.count, self.count + len(indices), device=self.base.device)
+        self._place(target, indices, slots, step, gradient, values)
+        self.count += len(indices)
+
+    @torch.no_grad()
+    def exchange(self, change: Change, step: int, *, restore: bool) -> torch.Tensor:
+        """Let entries leave and others join, in their places first; returns those places, int64.
+
+        restore: entries that leave get their base bits back; if not, they rest where they are, and
+        wake up with that value should they ever join again. At least as many join as leave.
+        """
+        freed = [self._leave(self.targets[n], gone, restore) for n, gone in change.leaving]
+        renewed = torch.cat(freed) if freed else _no_positions().to(self.base.device)
+        fresh = sum(len(indices) for _, indices, _ in change.joining) - len(renewed)
+        assert fresh >= 0, "a support never shrinks"
+        unused = torch.arange(self.count, self.count + fresh, device=self.base.device)
+        slots, start = torch.cat([renewed, unused]), 0
+        for number, indices, gradient in change.joining:
+            mine = slots[start : start + len(indices)]
+            self._place(self.targets[number], indices, mine, step, gradient, None)
+            start += len(indices)
+        self.count += fresh
+        return renewed
+
+    def _place(
+        self,
+        target: Target,
+        indices: torch.Tensor,
+        slots: torch.Tensor,
+        step: int,
+        gradient: torch.Tensor | None,
+        values: torch.Tensor | None,
+    ) -> None:
         at = indices.to(target.parameter.device)
-        self.base[place] = target.flat[at].to(self.base)
-        self.order[place] = step
+        base = target.flat[at].to(self.base)
+        start = torch.zeros_like(base) if values is None else values.to(self.base)
+        if target.resting is not None:
+            target.resting.take(at, base, start)
+        self.base[slots], self.values[slots], self.order[slots] = base, start, step
         if gradient is not None:
-            self.gradient[place] = gradient.to(self.base)
-        if values is not None:
-            self.values[place] = values.to(self.base)
+            self.gradient[slots] = gradient.to(self.base)
         target.indices = torch.cat([target.indices, at])
-        slots = torch.arange(self.count, stop, device=self.base.device)
         target.slots = torch.cat([target.slots, slots])
-        self.count = stop
+
+    def _leave(self, target: Target, indices: torch.Tensor, restore: bool) -> torch.Tensor:
+        """Take entries out of training; returns the places that are free now."""
+        goes = torch.isin(target.indices, indices.to(target.indices))
+        gone, slots = target.indices[goes], target.slots[goes]
+        if restore:
+            target.flat.index_copy_(0, gone, self.base[slots].to(target.parameter))
+        else:
+            kept = (gone, self.base[slots], self.values.detach()[slots], self.order[slots])
+            if target.resting is None:
+                target.resting = Resting(*kept)
+            else:
+                target.resting.put(*kept)
+        target.indices, target.slots = target.indices[~goes], target.slots[~goes]
+        target.seed = None
+        self.gradient[slots] = 0
+        return slots
 
     def remember_initial(self, orders: list[Array | None]) -> None:
         """Keep the recorded orders of all entries so far, which an earlier run unmasked.
@@ -136,6 +191,7 @@ class Entries:
         """Set every entry's live weight to round(base + value), the arithmetic of merging.
 
         The zero is the merge's empty sum: it turns a value of -0.0 into 0.0, as merging does.
+        Resting entries have theirs already.
         """
         merged = self.base[: self.count] + (self.values[: self.count] + 0.0)
         for target in self.targets:
@@ -144,9 +200,21 @@ class Entries:
                 target.flat.index_copy_(0, target.indices, new)
 
     @torch.no_grad()
+    def write_resting(self) -> None:
+        """Set every resting entry's live weight, which `write_through` leaves alone."""
+        for target in self.targets:
+            if target.resting:
+                rest = target.resting
+                new = (rest.base + (rest.values + 0.0)).to(target.parameter)
+                target.flat.index_copy_(0, rest.indices, new)
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Give every entry's live weight its base bits back."""
         for target in self.targets:
             if len(target.indices):
                 old = self.base.index_select(0, target.slots).to(target.parameter)
                 target.flat.index_copy_(0, target.indices, old)
+            if target.resting:
+                rest = target.resting
+                target.flat.index_copy_(0, rest.indices, rest.base.to(target.parameter))

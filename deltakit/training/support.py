@@ -9,8 +9,7 @@ import torch
 
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.errors import ConfigError, CoordinateError, nearest
-from deltakit.selection.methods import Method
-from deltakit.selection.unmask import Unmasking
+from deltakit.selection.methods import Chosen
 from deltakit.training.arrays import to_torch
 from deltakit.training.engine import Extra
 from deltakit.training.entries import Entries, Target
@@ -64,16 +63,12 @@ def continue_from(delta: SparseDelta, entries: Entries, extras: Sequence[Extra])
             kept[name].write_through()
 
 
-def make_selector(
-    method: Method, entries: Entries, total_steps: int | None, marks: Sequence[int]
-) -> Unmasking | None:
-    """Start the method: enter its fixed support, and return its selector."""
-    start = method.start(entries.targets, taken=entries.count, total_steps=total_steps, marks=marks)
-    for chosen in start.support:
+def enter(support: Sequence[Chosen], entries: Entries) -> None:
+    """Take a support that a method chose before training into training."""
+    for chosen in support:
         target = entries.targets[chosen.number]
         target.seed = None if len(target.indices) else chosen.seed
-        entries.add(target, torch.from_numpy(chosen.indices), 0)
-    return start.selector
+        entries.add(target, torch.from_numpy(chosen.indices), 0, values=chosen.values)
 
 
 def _check_shape(target: Target, tensor: TensorDelta) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from deltakit.delta import SparseDelta, TensorDelta
-from deltakit.dtypes import Array
+from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError, TrainingError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.selection.methods import Method
-from deltakit.training.arrays import dtype_name, to_numpy
+from deltakit.selection.scene import Calibration, Scene
+from deltakit.training.any_optimizer import Factory
+from deltakit.training.arrays import to_numpy
+from deltakit.training.collect import collect
 from deltakit.training.coordinates import (
     checkpoint_names,
     config_changes,
@@ -21,10 +23,11 @@ from deltakit.training.coordinates import (
     saved_buffers,
 )
 from deltakit.training.engine import Engine, make_extra
-from deltakit.training.entries import Entries, Target
+from deltakit.training.entries import Entries
 from deltakit.training.live_identity import LiveIdentity
-from deltakit.training.optimizer import Age, SparseAdamW
-from deltakit.training.support import continue_from, keep_clear, make_selector
+from deltakit.training.optimizer import Age
+from deltakit.training.optimizer_choice import make_optimizer
+from deltakit.training.support import continue_from, enter, keep_clear
 from deltakit.training.targets import choose_targets
 
 
@@ -34,8 +37,10 @@ class SparseTuner:
     Any loop: `loss.backward(); tuner.step()`; `step` selects, updates, writes through and clears
     gradients. Live weights always are round(base + delta), so the model is always merged.
 
-    method: `dk.ID3(...)`, `dk.RandomMask(...)`. lr, weight_decay, betas, adam_eps, age: of
-    `SparseAdamW`; extras_lr: the extras' own rate (lr by default).
+    method: `dk.ID3(...)`, `dk.RandomMask(...)`. lr, weight_decay: of the entries; extras_lr: the
+    extras' own rate (lr by default). optimizer: "adamw" (`SparseAdamW`, which takes betas, adam_eps
+    and age), the name of another, a torch.optim class or a function that makes an optimizer
+    (see `AnyOptimizer`); optimizer_options: its own arguments.
     target, exclude: patterns (see `training.coordinates.matching`) for tensors that may be
     trained; all floating-point tensors by default. extras: patterns for tensors trained densely,
     outside the budget; tensors that the base lacks and buffers that training changes (BatchNorm
@@ -46,6 +51,7 @@ class SparseTuner:
     base: the checkpoint (path or `Checkpoint`) the model was loaded from; found through the model
     by default; without one, live names and dtypes are the coordinates. init_delta: a delta to
     continue from, its entries counted in the budget. avoid: deltas whose support stays untouched.
+    calibration: passes over the data, for methods that measure before training (`dk.Batches`).
     model_id, revision, config, provenance: recorded in the delta.
 
     Raises ConfigError, BudgetError, CoordinateError or BaseMismatchError before anything changes.
@@ -58,6 +64,8 @@ class SparseTuner:
         *,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
+        optimizer: str | Factory = "adamw",
+        optimizer_options: Mapping[str, Any] | None = None,
         target: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] = (),
         extras: str | Iterable[str] = (),
@@ -72,6 +80,7 @@ class SparseTuner:
         base: str | os.PathLike[str] | Checkpoint | None = None,
         init_delta: SparseDelta | None = None,
         avoid: Sequence[SparseDelta] = (),
+        calibration: Calibration | None = None,
         model_id: str | None = None,
         revision: str | None = None,
         config: Mapping[str, Any] | None = None,
@@ -95,21 +104,34 @@ class SparseTuner:
         if init_delta is not None:
             self._identity.check(init_delta)
             continue_from(init_delta, entries, kept)
-        selector = make_selector(method, entries, total_steps, budget_checkpoints)
+        scene = Scene(
+            targets=targets,
+            taken=entries.count,
+            total_steps=total_steps,
+            marks=budget_checkpoints,
+            extras=[extra.parameter for extra in kept],
+            model=model,
+            calibration=calibration,
+        )
+        start = method.start(scene)
+        enter(start.support, entries)
         for name, parameter in live.items():
             parameter.requires_grad_(name in set(extra_names))
         self.engine = Engine(
             entries,
             kept,
-            selector,
+            start.selector,
+            frozen=start.frozen,
             buffers=buffers,
             accumulation_steps=accumulation_steps,
             max_grad_norm=max_grad_norm,
         )
         entries.write_through()
-        self.optimizer = SparseAdamW(
+        self.optimizer = make_optimizer(
             self.engine,
-            lr=lr,
+            optimizer,
+            optimizer_options,
+            lr=0.0 if start.frozen else lr,
             extras_lr=lr if extras_lr is None else extras_lr,
             betas=betas,
             eps=adam_eps,
@@ -139,40 +161,24 @@ class SparseTuner:
 
         Merged into the base it gives the live model's bits.
         """
-        trained = [t for t in self.engine.entries.targets if len(t.indices)]
-        order = self.engine.entries.recorded_order() if self.engine.selector else None
-        tensors = {t.name: self._tensor(t, order) for t in trained}
-        base = self._identity.of({t.name: self._base_values(t) for t in trained})
-        extras = {e.name: to_numpy(e.parameter) for e in self.engine.extras}
-        extras |= {n: to_numpy(buffer) for n, buffer in self.engine.changed_buffers().items()}
+        engine = self.engine
+        ordered = engine.selector is not None
+        tensors, base = collect(
+            engine.entries, self.checkpoint, ordered=ordered, frozen=engine.frozen
+        )
+        extras = {e.name: to_numpy(e.parameter) for e in engine.extras}
+        extras |= {n: to_numpy(buffer) for n, buffer in engine.changed_buffers().items()}
         return SparseDelta(
             tensors=tensors,
             extras=extras,
-            base=base,
+            base=self._identity.of(base),
             config=self._config,
-            provenance={**self._provenance, "budget": self.budget, "reached": self.unmasked},
+            provenance={
+                **self._provenance,
+                "budget": self.budget,
+                "reached": sum(tensor.nnz for tensor in tensors.values()),
+            },
         )
-
-    def _tensor(self, target: Target, order: Array | None) -> TensorDelta:
-        trained = dtype_name(target.parameter)
-        on_disk = self.checkpoint.tensors[target.name].dtype if self.checkpoint else trained
-        sort = torch.argsort(target.indices)
-        slots = target.slots[sort].cpu()
-        return TensorDelta(
-            name=target.name,
-            shape=tuple(target.parameter.shape),
-            dtype=on_disk,
-            mode="add",
-            indices=target.indices[sort].cpu().numpy(),
-            values=self.engine.entries.values.detach().cpu()[slots].numpy(),
-            order=None if order is None else order[slots.numpy()],
-            trained_dtype=trained,
-            seed=target.seed,
-        )
-
-    def _base_values(self, target: Target) -> Array:
-        slots = target.slots[torch.argsort(target.indices)]
-        return to_numpy(self.engine.entries.base[slots].to(target.parameter.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume on a freshly loaded base, bit for bit."""

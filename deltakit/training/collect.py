@@ -1,0 +1,81 @@
+"""From compact arrays in order of unmasking to the tensors of a delta, sorted by index."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from deltakit.delta import TensorDelta
+from deltakit.dtypes import Array, dtype
+from deltakit.formats.checkpoint import Checkpoint
+from deltakit.training.arrays import dtype_name, to_numpy
+from deltakit.training.entries import Entries, Target
+
+
+def collect(
+    entries: Entries, checkpoint: Checkpoint | None, *, ordered: bool, frozen: bool
+) -> tuple[dict[str, TensorDelta], dict[str, Array]]:
+    """The tensors of a delta by name, and the base's values at their indices.
+
+    ordered: whether orders are recorded. frozen: entries were zeroed rather than trained, so they
+    are in `set` mode.
+    """
+    orders = entries.recorded_order() if ordered else None
+    tensors: dict[str, TensorDelta] = {}
+    base: dict[str, Array] = {}
+    for target in entries.targets:
+        if len(target.indices) or target.resting:
+            on_disk = checkpoint.tensors[target.name].dtype if checkpoint else None
+            indices, values, before, order = _sorted(target, entries, orders)
+            base[target.name] = to_numpy(before.to(target.parameter.dtype))
+            if frozen:
+                tensors[target.name] = _zeroed(target, on_disk, indices, base[target.name])
+            else:
+                tensors[target.name] = TensorDelta(
+                    name=target.name,
+                    shape=target.shape,
+                    dtype=on_disk or dtype_name(target.parameter),
+                    mode="add",
+                    indices=indices,
+                    values=values.numpy(),
+                    order=order,
+                    trained_dtype=dtype_name(target.parameter),
+                    seed=target.seed,
+                )
+    return tensors, base
+
+
+def _sorted(
+    target: Target, entries: Entries, orders: Array | None
+) -> tuple[Array, torch.Tensor, torch.Tensor, Array | None]:
+    """Indices, values, base values and orders of a tensor's entries, resting ones included."""
+    indices, values = target.indices, entries.values.detach()[target.slots]
+    base = entries.base[target.slots]
+    order = None if orders is None else orders[target.slots.cpu().numpy()]
+    if target.resting:
+        rest = target.resting
+        indices = torch.cat([indices, rest.indices])
+        values, base = torch.cat([values, rest.values]), torch.cat([base, rest.base])
+        if order is not None:
+            order = np.concatenate([order, rest.order.cpu().numpy().astype(np.int64)])
+    sort = torch.argsort(indices)
+    rows = sort.cpu()
+    sorted_order = None if order is None else order[rows.numpy()]
+    return indices[sort].cpu().numpy(), values[sort].cpu(), base[sort], sorted_order
+
+
+def _zeroed(target: Target, on_disk: str | None, indices: Array, base: Array) -> TensorDelta:
+    """Entries whose weight is zero; the base's bits are kept where live and stored dtypes agree."""
+    live = dtype_name(target.parameter)
+    stored = on_disk or live
+    width = dtype(stored).numpy.itemsize
+    return TensorDelta(
+        name=target.name,
+        shape=target.shape,
+        dtype=stored,
+        mode="set",
+        indices=indices,
+        values=np.zeros(len(indices), f"u{width}"),
+        base_values=base.view(f"u{width}") if stored == live else None,
+        trained_dtype=live,
+    )
