@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 
 from deltakit.errors import ConfigError
+from deltakit.training.any_optimizer import forget_renewed
 from deltakit.training.engine import Engine
 
 Age = Literal["entry", "shared"]
@@ -62,6 +63,7 @@ class SparseAdamW(torch.optim.Optimizer):
                 loss = closure()
         engine, entries = self.engine, self.engine.entries
         engine.finish_gradients()
+        forget_renewed(self, engine, entries.values)
         active = slice(0, entries.count)
         group = self.param_groups[0]
         ages: torch.Tensor | int = engine.step + 1
@@ -84,12 +86,14 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state plus the support, values and progress: all that resuming needs."""
+        forget_renewed(self, self.engine, self.engine.entries.values)
         return {**super().state_dict(), "sparse": self.engine.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state of `state_dict` and write it through to the live model."""
         rest = dict(state_dict)
         self.engine.load_state_dict(rest.pop("sparse"))
+        self.engine.renewed = self.engine.renewed[:0]
         super().load_state_dict(rest)
 
     def _moments(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
