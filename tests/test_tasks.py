@@ -252,7 +252,7 @@ def test_everything_counts_where_the_template_marks_nothing() -> None:
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
-        ([{"a": "x"}], {}, "expected a column messages or prompt.completion or text, found a"),
+        ([{"a": "x"}], {}, "expected a column messages or prompt.choices.answer or .*text, found"),
         ([{"text": None}], {}, "row 1: expected text in column 'text', found None"),
         ([{"messages": "x"}], {}, "row 1: expected messages with role and content"),
         ([{"messages": []}], {}, "row 1: expected messages with role and content"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -17,44 +17,25 @@ from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import load
-from deltakit.selection.methods import METHODS
+from deltakit.selection.recipe import make_method
 from deltakit.training.collate import Collator, Examples
-from deltakit.training.config import TrainConfig
+from deltakit.training.config import METHOD_SETTINGS, TrainConfig
 from deltakit.training.coordinates import checkpoint_names, matching
 from deltakit.training.folder import RunFolder
 from deltakit.training.metrics import greater_is_better
 from deltakit.training.prepare import Prepared
 from deltakit.training.presets import PRESETS
 from deltakit.training.pretrained import load_model
+from deltakit.training.task import Live
 from deltakit.training.trainer import SparseTrainer
 from deltakit.training.watch import BestDelta, LogFile, Progress
 
 # Settings that a delta remembers, so that its making can be told and repeated.
-_REMEMBERED = [
-    "task",
-    "method",
-    "preset",
-    "eps",
-    "exp",
-    "schedule",
-    "allocation",
-    "unmask_fraction",
-    "precondition",
-    "age",
-    "lr",
-    "head_lr",
-    "weight_decay",
-    "warmup",
-    "scheduler",
-    "epochs",
-    "max_steps",
-    "batch_size",
-    "gradient_accumulation",
-    "max_length",
-    "seed",
-    "model",
-    "data",
-]
+_REMEMBERED = (
+    *("task", "method", "preset", *METHOD_SETTINGS, "age"),
+    *("lr", "head_lr", "weight_decay", "warmup", "scheduler", "epochs", "max_steps"),
+    *("batch_size", "gradient_accumulation", "max_length", "seed", "model", "data"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +69,11 @@ def build_trainer(
     transformers.set_seed(config.seed)
     model = load_model(prepared.located, prepared.config, prepared.problem, config.dtype)
     validation = prepared.examples.get("validation")
+    problem, live = prepared.problem, _live(model, config, prepared)
     trainer = SparseTrainer(
         model,
         arguments(config, folder, len(prepared.examples["train"])),
-        method=_method(config, budget),
+        method=make_method(config.method, budget, config.method_settings()),
         target=config.target or None,
         exclude=_exclusions(config, model, base),
         extras=config.extras,
@@ -107,9 +89,12 @@ def build_trainer(
         provenance=_provenance(config),
         train_dataset=Examples(prepared.examples["train"]),
         eval_dataset=None if _never(config) or validation is None else Examples(validation),
-        data_collator=Collator.of(model, prepared.tokenizer),
-        compute_metrics=lambda p: prepared.problem.metrics(p.predictions, p.label_ids),
-        preprocess_logits_for_metrics=lambda logits, labels: prepared.problem.reduce(
+        data_collator=Collator.of(model, prepared.processor),
+        compute_metrics=lambda p: {
+            **problem.metrics(p.predictions, p.label_ids),
+            **problem.live_metrics("validation", live),
+        },
+        preprocess_logits_for_metrics=lambda logits, labels: problem.reduce(
             logits[0] if isinstance(logits, tuple) else logits, labels
         ),
     )
@@ -152,11 +137,9 @@ def arguments(config: TrainConfig, folder: RunFolder, examples: int) -> Training
     )
 
 
-def _method(config: TrainConfig, budget: int) -> Any:
-    method = METHODS[config.method]
-    given = {name: getattr(config, name, None) for name in (f.name for f in fields(method))}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    return method(**{**chosen, "budget": budget})
+def _live(model: Any, config: TrainConfig, prepared: Prepared) -> Live:
+    mixed = config.mixed_precision == "bf16"
+    return Live(model, prepared.processor, prepared.longest, config.eval_batch_size, mixed)
 
 
 def _exclusions(config: TrainConfig, model: Any, base: Checkpoint) -> list[str]:
@@ -181,7 +164,7 @@ def _config_changes(changes: Mapping[str, Any], model: Any) -> dict[str, Any] | 
 
 def _provenance(config: TrainConfig) -> dict[str, Any]:
     settings = config.as_dict()
-    told = {name: settings[name] for name in _REMEMBERED}
+    told = {name: settings[name] for name in _REMEMBERED if settings[name] is not None}
     for name in ("model", "data"):  # a file that travels says nothing of its maker's folders
         told[name] = Path(told[name]).name if Path(told[name]).exists() else told[name]
     return {"tool": f"deltakit {__version__}", **told}

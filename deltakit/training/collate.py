@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -28,32 +29,44 @@ class Examples(Dataset[Example]):
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Stacks examples into int64 tensors [batch, longest], padded on the right.
+    """Stacks examples into tensors [batch, ...].
+
+    Lists become int64 [batch, longest], padded on the right: input_ids with the padding token,
+    labels with -100. Numbers become a vector [batch], arrays of one shape `dtype`.
 
     pad: the padding token's id. accepted: the names that the model's forward takes; other inputs
-    are left out. Labels that are lists are padded with -100, numbers become a vector [batch].
+    are left out. shift: gives a sequence-to-sequence model's decoder inputs from its labels.
     """
 
     pad: int
     accepted: Collection[str]
+    dtype: torch.dtype = torch.float32
+    shift: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @classmethod
-    def of(cls, model: torch.nn.Module, tokenizer: Any) -> Collator:
+    def of(cls, model: Any, processor: Any) -> Collator:
         """The collator of a model; without a padding token, padding is masked zeros."""
-        pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return cls(pad, frozenset(signature(model.forward).parameters))
+        pad = getattr(processor, "pad_token_id", None)
+        return cls(
+            0 if pad is None else pad,
+            frozenset(signature(model.forward).parameters),
+            getattr(model, "dtype", torch.float32),
+            getattr(model, "prepare_decoder_input_ids_from_labels", None),
+        )
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """One batch."""
-        filler = {"input_ids": self.pad, "labels": IGNORED}
-        batch = {}
-        for key, first in examples[0].items():
-            if key not in self.accepted:
-                continue
-            column = [example[key] for example in examples]
-            if isinstance(first, list):
-                longest = max(map(len, column))
-                rest = filler.get(key, 0)
-                column = [[*items, *[rest] * (longest - len(items))] for items in column]
-            batch[key] = torch.tensor(column)
+        keys = [key for key in examples[0] if key in self.accepted]
+        batch = {key: self._stacked(key, [example[key] for example in examples]) for key in keys}
+        if self.shift is not None and batch["labels"].ndim == 2:
+            batch["decoder_input_ids"] = self.shift(batch["labels"])
         return batch
+
+    def _stacked(self, key: str, column: list[Any]) -> torch.Tensor:
+        if isinstance(column[0], np.ndarray):
+            return torch.from_numpy(np.stack(column)).to(self.dtype)
+        if isinstance(column[0], list):
+            filler = {"input_ids": self.pad, "labels": IGNORED}.get(key, 0)
+            longest = max(map(len, column))
+            column = [[*items, *[filler] * (longest - len(items))] for items in column]
+        return torch.tensor(column)

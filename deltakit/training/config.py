@@ -25,20 +25,31 @@ from deltakit.training.settings import (
     setting,
     text,
     whole,
+    yes_or_no,
 )
 from deltakit.training.tasks import TASKS
+from deltakit.training.text_metrics import TEXT_METRICS
 
 MODEL, DATA, METHOD = "Model", "Data and task", "Method"
 OPTIMIZATION, EVALUATION, RUN = "Optimization", "Evaluation", "Run"
-_METHOD_SETTINGS = ("eps", "exp", "schedule", "allocation", "unmask_fraction", "precondition")
-_METHOD_NAMES = "|".join(dict.fromkeys(preset["method"] for preset in PRESETS.values()))
+METHOD_SETTINGS = (
+    *("heuristic", "eps", "exp", "precondition"),
+    *("schedule", "allocation", "unmask_fraction", "every", "restore"),
+    *("rate", "first_rate", "decay"),
+)
 REQUIRED = ("model", "data", "task", "budget", "output_dir")
 
 
-def _methods() -> Registry[type[Any]]:
-    from deltakit.selection.methods import METHODS  # imports torch, which help does without
+def _methods() -> Registry[Any]:
+    from deltakit.selection import METHODS  # imports torch, which help does without
 
     return METHODS
+
+
+def _heuristics() -> list[str]:
+    from deltakit.selection import HEURISTICS
+
+    return HEURISTICS.names()
 
 
 def _schedules() -> list[str]:
@@ -81,6 +92,10 @@ class TrainConfig:
     prompt_column: str | None = setting(None, text(), DATA, "column of the prompt")
     completion_column: str | None = setting(None, text(), DATA, "column of the completion")
     messages_column: str | None = setting(None, text(), DATA, "column of the chat messages")
+    source_column: str | None = setting(None, text(), DATA, "column of the source text")
+    target_column: str | None = setting(None, text(), DATA, "column of the target text")
+    choices_column: str | None = setting(None, text(), DATA, "column of the options to choose from")
+    image_column: str | None = setting(None, text(), DATA, "column of the image")
     problem_type: str | None = setting(
         None,
         one_of("classification", "regression"),
@@ -91,13 +106,22 @@ class TrainConfig:
     max_length: int = setting(512, whole(2), DATA, "tokens per example at most")
 
     method: str = setting(
-        "id3", choice(lambda: _methods().names(), _METHOD_NAMES), METHOD, "how entries are chosen"
+        "id3",
+        choice(lambda: _methods().names(), "NAME"),
+        METHOD,
+        "how entries are chosen; docs/settings.md lists the methods",
     )
     preset: str | None = setting(
         None, one_of(*PRESETS, "none"), METHOD, "named settings; METHOD-default if unset"
     )
     budget: str | int = setting(
         "", entry_count(), METHOD, "entries to train: 100k, or 0.1% of the base"
+    )
+    heuristic: str | None = setting(
+        None,
+        choice(_heuristics),
+        METHOD,
+        "what makes an entry worth training, for static, increment, repeat and drop-and-grow",
     )
     eps: float | None = setting(None, real(above=True), METHOD, "eps of the D3 score")
     exp: float | None = setting(None, real(-100, 100), METHOD, "exponent of the D3 score")
@@ -112,6 +136,19 @@ class TrainConfig:
     )
     precondition: str | None = setting(
         None, one_of("none", "factored"), METHOD, "what the gradient is divided by for scoring"
+    )
+    every: int | None = setting(None, whole(1), METHOD, "steps from one selection to the next")
+    restore: bool | None = setting(
+        None, yes_or_no(), METHOD, "whether entries that repeat drops return to their base bits"
+    )
+    rate: float | None = setting(
+        None, real(0, 1), METHOD, "share of entries that drop-and-grow exchanges at first"
+    )
+    first_rate: float | None = setting(
+        None, real(0, 1), METHOD, "share that its very first exchange takes"
+    )
+    decay: str | None = setting(
+        None, one_of("linear", "cosine"), METHOD, "how the exchanged share falls"
     )
     target: tuple[str, ...] = setting(
         (), many(text("PATTERN")), METHOD, "tensors to train; all if unset"
@@ -169,6 +206,15 @@ class TrainConfig:
     metric: str | None = setting(
         None, text("NAME"), EVALUATION, "metric that names the best delta; the task's by default"
     )
+    generate_metrics: tuple[str, ...] = setting(
+        (),
+        many(one_of(*TEXT_METRICS), ","),
+        EVALUATION,
+        "scores of what the model writes by itself, greedily",
+    )
+    max_new_tokens: int = setting(
+        64, whole(1), EVALUATION, "tokens that the model writes for generate_metrics at most"
+    )
     early_stopping_patience: int | None = setting(
         None, whole(1), EVALUATION, "evaluations without a better metric before training stops"
     )
@@ -198,10 +244,24 @@ class TrainConfig:
             raise ConfigError("scheduler constant has no warm-up; use constant_with_warmup")
         if self.early_stopping_patience and self.eval_strategy == "no":
             raise ConfigError("early_stopping_patience needs evaluation; eval_strategy is no")
-        accepted = {f.name for f in fields(_methods()[self.method])}
-        for name in _METHOD_SETTINGS:
+        from deltakit.selection.recipe import settings_of
+
+        accepted = settings_of(self.method, self.heuristic)
+        for name in METHOD_SETTINGS:
             if getattr(self, name) is not None and name not in accepted:
-                raise ConfigError(f"setting {name} does not apply to method {self.method}")
+                raise ConfigError(
+                    f"setting {name} does not apply to method {self.method}"
+                    + (f" with heuristic {self.heuristic}" if self.heuristic else "")
+                )
+
+    def method_settings(self) -> dict[str, Any]:
+        """The settings that make the method, unset ones as None; the seed included."""
+        from deltakit.selection.recipe import settings_of
+
+        accepted = settings_of(self.method, self.heuristic)
+        return {
+            name: getattr(self, name) for name in (*METHOD_SETTINGS, "seed") if name in accepted
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """All settings as plain YAML values, in order of declaration."""

@@ -1,4 +1,4 @@
-"""Reading examples: JSONL, JSON, CSV, TSV and Parquet files, folders of them, `datasets` ids."""
+"""Reading examples: files of rows, folders of them, folders of images, `datasets` ids."""
 
 from __future__ import annotations
 
@@ -9,18 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from deltakit.errors import DataError, MissingFileError, nearest
-from deltakit.training.readers import READERS, Row, first_line
-
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "eval": "validation",
-    "test": "test",
-}
+from deltakit.training.image_folder import image_rows
+from deltakit.training.readers import READERS, SPLIT_WORDS, Row, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +43,8 @@ def read_splits(source: str, name: str | None = None) -> dict[str, Table]:
     """All splits of a data source: {"train": ..., "validation": ..., ...}.
 
     source: a file (one split, "train"), a folder with files such as train.jsonl and
-    validation.jsonl, a folder saved by `datasets`, or a `datasets` id; a local path is preferred.
+    validation.jsonl, a folder of images (see `image_rows`), a folder saved by `datasets`, or a
+    `datasets` id; a local path is preferred.
     name: the configuration of an id. Raises MissingFileError for a path that does not exist and
     DataError for what cannot be read.
     """
@@ -116,8 +107,12 @@ def _folder(folder: Path) -> dict[str, Table]:
     named: dict[str, list[Path]] = {}
     for file in files:
         word = re.split(r"[-_.]", file.stem.lower())[0]
-        if word in _SPLIT_WORDS:
-            named.setdefault(_SPLIT_WORDS[word], []).append(file)
+        if word in SPLIT_WORDS:
+            named.setdefault(SPLIT_WORDS[word], []).append(file)
+    if not files:
+        images = image_rows(folder)
+        if images:
+            return {split: table_of(rows, str(folder)) for split, rows in images.items()}
     if not named:
         found = ", ".join(f.name for f in files) or "no data files"
         raise DataError(f"data {folder}: expected train.jsonl or the like, found {found}")
@@ -157,11 +152,9 @@ def _tables(loaded: Any, origin: str) -> dict[str, Table]:
     parts = loaded if isinstance(loaded, dict) else {"train": loaded}
     tables = {}
     for split, part in parts.items():
-        names = {
-            column: list(feature.names)
-            for column, feature in part.features.items()
-            if hasattr(feature, "names")
-        }
+        # the classes of a column, or of the items of its lists
+        features = {c: getattr(feature, "feature", feature) for c, feature in part.features.items()}
+        names = {c: list(f.names) for c, f in features.items() if hasattr(f, "names")}
         table = table_of(part.to_list(), origin)
         tables[str(split)] = Table(table.rows, table.columns, table.origin, names)
     return tables

@@ -25,7 +25,7 @@ from deltakit.training.pretrained import (
     head_of,
     load_config,
     load_model,
-    load_tokenizer,
+    load_processor,
     locate,
     longest_input,
     needs_padding_token,
@@ -34,7 +34,7 @@ from deltakit.training.pretrained import (
 from deltakit.training.quiet import quieten
 from deltakit.training.settings import parse_setting
 from deltakit.training.splits import hold_out
-from deltakit.training.task import Example, Problem, TaskSettings
+from deltakit.training.task import Live, Problem, TaskSettings
 from deltakit.training.tasks import TASKS
 
 
@@ -63,8 +63,14 @@ class EvaluateConfig:
     prompt_column: str | None = _as_in_training("prompt_column")
     completion_column: str | None = _as_in_training("completion_column")
     messages_column: str | None = _as_in_training("messages_column")
+    source_column: str | None = _as_in_training("source_column")
+    target_column: str | None = _as_in_training("target_column")
+    choices_column: str | None = _as_in_training("choices_column")
+    image_column: str | None = _as_in_training("image_column")
     problem_type: str | None = _as_in_training("problem_type")
     max_length: int = _as_in_training("max_length")
+    generate_metrics: tuple[str, ...] = _as_in_training("generate_metrics")
+    max_new_tokens: int = _as_in_training("max_new_tokens")
     mixed_precision: str = _as_in_training("mixed_precision")
     eval_batch_size: int = _as_in_training("eval_batch_size")
     threads: int | None = _as_in_training("threads")
@@ -76,7 +82,7 @@ class EvaluateConfig:
             if name in ("model", "data", "task") and value == "":
                 raise ConfigError(f"setting {name} is missing; give --{name}")
             if value is not None:
-                parse_setting(name, described[name], value)
+                object.__setattr__(self, name, parse_setting(name, described[name], value))
 
 
 def evaluate(
@@ -105,25 +111,35 @@ def evaluate(
     model_config = load_config(located)
     for delta in loaded:
         apply_changes(model_config, delta.config)
-    head = head_of(model_config)
-    if head is None and config.task == "sequence-classification":
+    head = head_of(model_config, config.task)
+    if head is None and config.task.endswith("-classification"):
         raise ConfigError(
             f"model {config.model} has no classification head; give the delta that brings one, or "
             "a merged model"
         )
-    settings = {f.name for f in fields(TaskSettings)} & {f.name for f in fields(config)}
-    options = TaskSettings(**{name: getattr(config, name) for name in settings})
-    problem = TASKS[config.task]({name: table}, options, head)
+    problem = TASKS[config.task]({name: table}, TaskSettings.of(config), head)
     for note in problem.notes:
         say(note)
-    tokenizer = load_tokenizer(located)
-    apply_changes(model_config, needs_padding_token(model_config, tokenizer, problem))
-    longest = longest_input(tokenizer, model_config, config.max_length)
-    examples = problem.encode(tokenizer, longest)[name]
+    processor = load_processor(located, model_config, problem)
+    apply_changes(model_config, needs_padding_token(model_config, processor, problem))
+    longest = longest_input(processor, model_config, config.max_length)
+    examples = problem.encode(processor, longest)[name]
     base = Checkpoint(with_weights(located).folder)
     model = load_model(located, model_config, problem, config.dtype)
     apply(model, loaded, base=base, allow_base_mismatch=allow_base_mismatch)
-    found = _predict(config, model, problem, examples, tokenizer, digests=predictions is not None)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    mixed = config.mixed_precision == "bf16"
+    found = predict(
+        model,
+        problem,
+        examples,
+        Collator.of(model, processor),
+        batch_size=config.eval_batch_size,
+        mixed_precision=mixed,
+        digests=predictions is not None,
+    )
+    live = Live(model, processor, longest, config.eval_batch_size, mixed)
     if predictions is not None:
         _write_predictions(problem, found, predictions)
     return {
@@ -134,7 +150,10 @@ def evaluate(
         "data": config.data,
         "split": name,
         "examples": len(examples),
-        "metrics": problem.metrics(found.reduced, found.labels),
+        "metrics": {
+            **problem.metrics(found.reduced, found.labels),
+            **problem.live_metrics(name, live),
+        },
         **({} if found.digest is None else {"logits_sha256": found.digest}),
     }
 
@@ -151,28 +170,6 @@ def _rows(config: EvaluateConfig, split: str | None, say: Say) -> tuple[Table, s
         say(f"validation: {len(table.rows):,} rows held out by content, as in training")
         return table, split
     return choose_split(splits, split, config.data), split
-
-
-def _predict(
-    config: EvaluateConfig,
-    model: Any,
-    problem: Problem,
-    examples: Sequence[Example],
-    tokenizer: Any,
-    *,
-    digests: bool,
-) -> Predictions:
-    if torch.cuda.is_available():
-        model.to("cuda")
-    return predict(
-        model,
-        problem,
-        examples,
-        Collator.of(model, tokenizer),
-        batch_size=config.eval_batch_size,
-        mixed_precision=config.mixed_precision == "bf16",
-        digests=digests,
-    )
 
 
 def _write_predictions(problem: Problem, found: Predictions, path: Path) -> None:

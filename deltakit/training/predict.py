@@ -14,14 +14,15 @@ import torch
 from deltakit.dtypes import Array
 from deltakit.training.arrays import to_numpy
 from deltakit.training.collate import Collator
-from deltakit.training.task import Example, Problem
+from deltakit.training.task import IGNORED, Example, Problem
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
     """What a model says about examples.
 
-    reduced: [n, ...] as `Problem.reduce` gives it. labels: [n] or [] where labels are sequences.
+    reduced: [n, ...] as `Problem.reduce` gives it, padded with -100 in its second dimension where
+    batches differ in length (as the Trainer does). labels: [n] or [] where labels are sequences.
     digests: per example the sha256 of its logits' bits, padding left out; empty unless asked for.
     """
 
@@ -35,7 +36,7 @@ class Predictions:
         return sha256("".join(self.digests).encode()).hexdigest() if self.digests else None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(
     model: Any,
     problem: Problem,
@@ -63,10 +64,21 @@ def predict(
         reduced.append(problem.reduce(logits, batch["labels"]).cpu().numpy())
         labels += [e["labels"] for e in part if not isinstance(e["labels"], list)]
         if digests:
-            found += [_digest(logits[row], len(e["input_ids"])) for row, e in enumerate(part)]
-    return Predictions(np.concatenate(reduced), np.asarray(labels), found)
+            found += [_digest(logits[row], e["labels"]) for row, e in enumerate(part)]
+    return Predictions(_joined(reduced), np.asarray(labels), found)
 
 
-def _digest(logits: torch.Tensor, length: int) -> str:
-    kept = logits[:length] if logits.ndim > 1 else logits
+def _joined(parts: list[Array]) -> Array:
+    longest = max((part.shape[1] for part in parts if part.ndim > 2), default=None)
+    if longest is None:
+        return np.concatenate(parts)
+    filled = []
+    for part in parts:
+        widths = [(0, 0), (0, longest - part.shape[1]), *[(0, 0)] * (part.ndim - 2)]
+        filled.append(np.pad(part, widths, constant_values=IGNORED))
+    return np.concatenate(filled)
+
+
+def _digest(logits: torch.Tensor, labels: Any) -> str:
+    kept = logits[: len(labels)] if isinstance(labels, list) else logits
     return sha256(to_numpy(kept).tobytes()).hexdigest()

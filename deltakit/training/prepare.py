@@ -14,7 +14,7 @@ from deltakit.training.pretrained import (
     apply_changes,
     head_of,
     load_config,
-    load_tokenizer,
+    load_processor,
     locate,
     longest_input,
     needs_padding_token,
@@ -30,15 +30,17 @@ Say = Callable[[str], None]
 class Prepared:
     """A run's problem and examples. config: the model's, changed as the problem needs.
 
-    changes: those changes as config.json writes them. metric: the one that names the best delta.
+    processor: the tokenizer or image processor; longest: tokens per example at most. changes:
+    those to config as config.json writes them. metric: the one that names the best delta.
     """
 
     located: Located
     config: Any
-    tokenizer: Any
+    processor: Any
+    longest: int
     problem: Problem
     changes: Mapping[str, Any]
-    examples: Mapping[str, list[Example]]
+    examples: Mapping[str, Sequence[Example]]
     splits: Mapping[str, Any]
     metric: str
 
@@ -67,30 +69,40 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     located = locate(config.model, config.revision)
     model_config = load_config(located)
     task = TASKS[config.task]
-    problem = task(tables, TaskSettings.of(config), head_of(model_config))
+    problem = task(tables, TaskSettings.of(config), head_of(model_config, config.task))
     metric = choose_metric(problem, config.metric)
     for note in problem.notes:
         say(note)
-    tokenizer = load_tokenizer(located)
+    processor = load_processor(located, model_config, problem)
     changes = {
         **problem.config_changes,
-        **needs_padding_token(model_config, tokenizer, problem),
+        **needs_padding_token(model_config, processor, problem),
     }
     apply_changes(model_config, changes)
-    longest = longest_input(tokenizer, model_config, config.max_length)
-    examples = problem.encode(tokenizer, longest)
+    longest = longest_input(processor, model_config, config.max_length)
+    examples = problem.encode(processor, longest)
     counts = ", ".join(f"{len(rows):,} {split}" for split, rows in examples.items())
     say(f"{counts} examples ({splits.record['how']}){_share(examples['train'])}")
     return Prepared(
-        located, model_config, tokenizer, problem, changes, examples, splits.record, metric
+        located=located,
+        config=model_config,
+        processor=processor,
+        longest=longest,
+        problem=problem,
+        changes=changes,
+        examples=examples,
+        splits=splits.record,
+        metric=metric,
     )
 
 
 def _share(examples: Sequence[Example]) -> str:
     """How many tokens are learnt from, where labels are tokens: the masks in one line."""
-    labels = [e["labels"] for e in examples if isinstance(e["labels"], list)]
-    counted = sum(label != IGNORED for row in labels for label in row)
-    return f"; {counted:,} of {sum(map(len, labels)):,} training tokens count" if labels else ""
+    if not isinstance(examples[0]["labels"], list):
+        return ""
+    labels = [label for example in examples for label in example["labels"]]
+    counted = sum(label != IGNORED for label in labels)
+    return f"; {counted:,} of {len(labels):,} training tokens count"
 
 
 def choose_metric(problem: Problem, asked: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Base models, their configurations and tokenizers, by local path or Hub id; one-line errors."""
+"""Base models, their configurations and processors, by local path or Hub id; one-line errors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import transformers
 from huggingface_hub import snapshot_download
 
 from deltakit.errors import ConfigError, MissingFileError
+from deltakit.training.images import ImageScaling
 from deltakit.training.readers import first_line
 from deltakit.training.task import Head, Problem
 
@@ -68,10 +69,25 @@ def load_config(located: Located) -> Any:
         raise MissingFileError(f"model {located.folder}: {first_line(error)}") from None
 
 
-def load_tokenizer(located: Located) -> Any:
-    """The model's tokenizer; where it has no padding token, its end token serves as one."""
+def load_processor(located: Located, config: Any, problem: Problem) -> Any:
+    """What turns the problem's rows into the model's inputs: a tokenizer or image processor.
+
+    Raises MissingFileError when it cannot be loaded.
+    """
+    if problem.inputs == "images":
+        return load_image_processor(located, config)
+    return load_tokenizer(located, words=problem.inputs == "words")
+
+
+def load_tokenizer(located: Located, *, words: bool = False) -> Any:
+    """The model's tokenizer; where it has no padding token, its end token serves as one.
+
+    words: texts come as lists of words. Vocabularies that tell `the` from ` the` then see every
+    word as they see it within a text.
+    """
+    options = {"add_prefix_space": True} if words else {}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(located.folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(located.folder, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise MissingFileError(
             f"model {located.folder}: its tokenizer cannot be loaded: {first_line(error)}"
@@ -81,10 +97,28 @@ def load_tokenizer(located: Located) -> Any:
     return tokenizer
 
 
-def head_of(config: Any) -> Head | None:
-    """The classification head that a configuration says the model has, or None."""
-    names = config.architectures or []
-    if not any(name.endswith("ForSequenceClassification") for name in names):
+def load_image_processor(located: Located, config: Any) -> Any:
+    """The model's image processor, or `ImageScaling` where its folder describes none."""
+    if not (located.folder / "preprocessor_config.json").is_file():
+        return ImageScaling.of(config)
+    auto: Any = transformers.AutoImageProcessor
+    try:
+        return auto.from_pretrained(located.folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise MissingFileError(
+            f"model {located.folder}: its image processor cannot be loaded: {first_line(error)}"
+        ) from None
+
+
+def head_of(config: Any, task: str) -> Head | None:
+    """The classification head that a configuration says the model has, or None.
+
+    task: "sequence-classification" and the like, which names the class of the model.
+    """
+    ending = "For" + task.title().replace("-", "")
+    if not task.endswith("-classification") or not any(
+        name.endswith(ending) for name in config.architectures or []
+    ):
         return None
     labels = [config.id2label[number] for number in range(config.num_labels)]
     return Head(labels, config.problem_type)
@@ -112,18 +146,19 @@ def load_model(located: Located, config: Any, problem: Problem, dtype: str) -> A
         raise ConfigError(f"model {located.folder}: {first_line(error)}") from None
 
 
-def longest_input(tokenizer: Any, config: Any, asked: int) -> int:
+def longest_input(processor: Any, config: Any, asked: int) -> int:
     """The most tokens per example that the setting, tokenizer and model all allow."""
     positions = getattr(config, "max_position_embeddings", None) or asked
-    return int(min(asked, tokenizer.model_max_length, positions))
+    return int(min(asked, getattr(processor, "model_max_length", asked), positions))
 
 
-def needs_padding_token(config: Any, tokenizer: Any, problem: Problem) -> Mapping[str, Any]:
+def needs_padding_token(config: Any, processor: Any, problem: Problem) -> Mapping[str, Any]:
     """The config change by which a decoder's classification head finds the last token.
 
     Such a head looks for the padding token of its configuration; without one it cannot take
     batches, so the tokenizer's goes there.
     """
-    if problem.config_changes and getattr(config, "pad_token_id", None) is None:
-        return {"pad_token_id": tokenizer.pad_token_id}
+    pad = getattr(processor, "pad_token_id", None)
+    if problem.config_changes and pad is not None and getattr(config, "pad_token_id", None) is None:
+        return {"pad_token_id": pad}
     return {}

@@ -12,6 +12,17 @@ from deltakit.errors import DataError
 
 Row = Mapping[str, Any]
 
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "test": "test",
+}
+
 
 def _jsonl(file: Path) -> Iterator[Row]:
     with file.open("rb") as stream:
@@ -80,6 +91,27 @@ def _parquet(file: Path) -> Iterator[Row]:
     yield from rows
 
 
+def _npz(file: Path) -> Iterator[Row]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"data {file}: not arrays without pickles: {first_line(error)}") from None
+    counts = {name: len(array) if array.ndim else None for name, array in arrays.items()}
+    if len(set(counts.values())) != 1 or None in counts.values():
+        raise DataError(
+            f"data {file}: expected arrays of one length, a row per item; found {counts}"
+        )
+    # one-dimensional arrays give plain Python values, as all other files do
+    columns = {n: a.tolist() if a.ndim == 1 else a for n, a in arrays.items()}
+    for cells in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, cells, strict=True))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for messages of one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -91,4 +123,5 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _separated(","),
     ".tsv": _separated("\t"),
     ".parquet": _parquet,
+    ".npz": _npz,
 }

@@ -6,7 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from deltakit.errors import DataError
 from deltakit.training.data import Table, choose_split
@@ -70,7 +73,17 @@ def hold_out(table: Table, fraction: float) -> tuple[Table, Table]:
 
 
 def _digest(row: Row) -> bytes:
-    return sha256(json.dumps(row, sort_keys=True, default=str).encode()).digest()
+    return sha256(json.dumps(row, sort_keys=True, default=_content).encode()).digest()
+
+
+def _content(value: Any) -> Any:
+    """What stands for a value that JSON does not have: of files and arrays, what is in them."""
+    if isinstance(value, Path):
+        return sha256(value.read_bytes()).hexdigest()
+    if isinstance(value, np.ndarray):
+        array = np.ascontiguousarray(value)
+        return [array.dtype.str, list(array.shape), sha256(array.tobytes()).hexdigest()]
+    return str(value)
 
 
 def _recorded(train: Table, validation: Table | None, how: str, more: dict[str, Any]) -> Splits:

@@ -1,4 +1,4 @@
-"""What a task is: it reads rows, fits them to a model's head, encodes them and scores logits.
+"""What a task is: it reads rows, fits them to a model's head, encodes them and scores the model.
 
 The order matters: everything about the data is said before a model is loaded.
 """
@@ -10,9 +10,12 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from deltakit.dtypes import Array
+from deltakit.errors import ConfigError
 from deltakit.training.data import Table
 
-Example = dict[str, Any]  # input_ids, attention_mask, ... as lists of int; labels
+# Sequences (input_ids, attention_mask, ...) as lists of int, images (pixel_values) as float32
+# arrays; labels: a number, or a list of int.
+Example = dict[str, Any]
 IGNORED = -100  # the label of a token that does not count, by torch's cross-entropy convention
 
 
@@ -26,14 +29,28 @@ class TaskSettings:
     prompt_column: str | None = None
     completion_column: str | None = None
     messages_column: str | None = None
+    source_column: str | None = None
+    target_column: str | None = None
+    choices_column: str | None = None
+    image_column: str | None = None
     problem_type: str | None = None
     num_labels: int | None = None
     max_length: int = 512
+    generate_metrics: tuple[str, ...] = ()
+    max_new_tokens: int = 64
 
     @classmethod
     def of(cls, config: Any) -> TaskSettings:
         """The task's settings out of a larger configuration."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+        names = {field.name for field in fields(cls)} & {field.name for field in fields(config)}
+        return cls(**{name: getattr(config, name) for name in names})
+
+    def refuse_others(self, task: str, *used: str) -> None:
+        """Raise ConfigError for a setting that was given and that the task does not use."""
+        for field in fields(self):
+            given = getattr(self, field.name) != field.default
+            if given and field.name not in (*used, "max_length", "max_new_tokens"):
+                raise ConfigError(f"setting {field.name} does not apply to task {task}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +59,20 @@ class Head:
 
     names: Sequence[str]
     problem_type: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """A model as it stands in an evaluation, with what turns rows into its inputs.
+
+    longest: as for `Problem.encode`. mixed_precision: bfloat16 autocast.
+    """
+
+    model: Any
+    processor: Any
+    longest: int
+    batch_size: int
+    mixed_precision: bool = False
 
 
 class Problem(Protocol):
@@ -56,6 +87,10 @@ class Problem(Protocol):
         """Name of the Auto class of transformers that loads the model."""
 
     @property
+    def inputs(self) -> str:
+        """What the model reads, which decides the processor: "texts", "words" or "images"."""
+
+    @property
     def config_changes(self) -> Mapping[str, Any]:
         """Changes to the base's config.json that the task's head needs."""
 
@@ -63,14 +98,20 @@ class Problem(Protocol):
     def notes(self) -> Sequence[str]:
         """What was decided for the user, one line each."""
 
-    def encode(self, tokenizer: Any, longest: int) -> dict[str, list[Example]]:
-        """Every split's rows as token ids, at most `longest` per example."""
+    def encode(self, processor: Any, longest: int) -> Mapping[str, Sequence[Example]]:
+        """Every split's rows as the model's inputs, at most `longest` tokens per example.
+
+        processor: a tokenizer or image processor, see `load_processor`.
+        """
 
     def reduce(self, logits: Any, labels: Any) -> Any:
         """One batch of logits and labels -> a tensor [batch, ...] that `metrics` works on."""
 
     def metrics(self, reduced: Array, labels: Array) -> dict[str, float]:
         """The metrics over all examples."""
+
+    def live_metrics(self, split: str, live: Live) -> dict[str, float]:
+        """Metrics of a split that need more than the logits on its examples, if there are any."""
 
     def tell(self, reduced: Array, label: Any) -> dict[str, Any]:
         """What the model said about one example, as plain JSON. label: None for sequences."""
