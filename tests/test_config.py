@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltakit.errors import ConfigError, DeltakitError, MissingFileError
-from deltakit.selection.methods import METHODS
+from deltakit.selection.recipe import make_method
 from deltakit.training.config import TrainConfig, describe
 from deltakit.training.config_file import read_file, render, resolve
 from deltakit.training.presets import PRESETS
@@ -112,9 +111,7 @@ def test_no_preset() -> None:
 def test_presets_are_valid(name: str) -> None:
     """Every preset makes a configuration, and its method can be built from it."""
     config = resolve({**NEEDED, "method": PRESETS[name]["method"], "preset": name}, {})
-    accepted = {f.name for f in fields(METHODS[config.method])} - {"budget"}
-    values = {n: getattr(config, n, None) for n in accepted}
-    METHODS[config.method](budget=10, **{n: v for n, v in values.items() if v is not None})
+    assert make_method(config.method, 10, config.method_settings()).budget == 10
 
 
 def test_numbers_as_yaml_reads_them() -> None:

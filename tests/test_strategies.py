@@ -125,7 +125,7 @@ def test_repeat_equals_a_dense_loop(every: int, restore: bool) -> None:
             ever = {n: ever[n] | chosen[n] for n in ever}
         adam.step(masks)
     for name, p in dense.named_parameters():
-        torch.testing.assert_close(sparse.get_parameter(name), p, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(sparse.get_parameter(name), p, rtol=1e-6, atol=1e-9)
     delta = tuner.delta()
     changed = masks if restore else ever
     for name, mask in changed.items():

@@ -99,6 +99,19 @@ def one_of(*names: str) -> Kind:
     return choice(lambda: names, "|".join(names))
 
 
+def yes_or_no() -> Kind:
+    """A truth value: true, false, yes, no."""
+    words = {"true": True, "yes": True, "false": False, "no": False}
+
+    def parse(value: Any) -> bool:
+        known = words.get(str(value).lower())
+        if known is None:
+            raise ValueError("expected true or false")
+        return known
+
+    return Kind(parse, "true|false")
+
+
 def choice(names: Callable[[], Sequence[str]], metavar: str = "NAME") -> Kind:
     """One of some names, asked for only when needed."""
 
