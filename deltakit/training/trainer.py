@@ -15,6 +15,7 @@ from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError, MissingFileError, TrainingError
 from deltakit.formats.sdelta import save
 from deltakit.selection.methods import Method
+from deltakit.training.calibration import TrainerCalibration
 from deltakit.training.callbacks import BudgetCheckpoints, StopOnSignal
 from deltakit.training.tuner import SparseTuner
 
@@ -118,6 +119,7 @@ class SparseTrainer(Trainer):
                 accumulation_steps=args.gradient_accumulation_steps,
                 total_steps=self.state.max_steps,
                 budget_checkpoints=self.checkpoint_budgets,
+                calibration=None if self.train_dataset is None else TrainerCalibration(self),
                 **self._tuner_options,
             )
             self.optimizer = self._tuner.optimizer
