@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -21,6 +23,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
 )
 
 WORDS = [
@@ -82,6 +90,17 @@ def decoder_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
     return fast
 
 
+def target_tokenizer() -> PreTrainedTokenizerFast:
+    """Words as tokens, with </s> after every text, as T5 has it."""
+    tokenizer = _words()
+    tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", SPECIAL.index("</s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>"
+    )
+
+
 def _words() -> Tokenizer:
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
@@ -139,6 +158,51 @@ def write_gpt2(folder: Path) -> Path:
     return folder
 
 
+def write_t5(folder: Path) -> Path:
+    """An encoder and decoder with shared embeddings, which the output layer is tied to."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=SPECIAL.index("[PAD]"),
+        eos_token_id=SPECIAL.index("</s>"),
+        decoder_start_token_id=SPECIAL.index("[PAD]"),
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    target_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_vit(folder: Path, channels: int = 1) -> Path:
+    """An image encoder for 8 by 8 pixels, without a head or a preprocessor_config.json."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        num_channels=channels,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    ViTModel(config).save_pretrained(folder)
+    return folder
+
+
+def write_resnet(folder: Path) -> Path:
+    """A convolutional image encoder with BatchNorm, for 8 by 8 pixels of 3 channels."""
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", image_size=8
+    )
+    ResNetModel(config).save_pretrained(folder)
+    return folder
+
+
 def colour_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Sentences labelled by the colour in them."""
     choice = random.Random(seed).choice
@@ -149,6 +213,31 @@ def colour_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
         words += [choice(["runs", "sleeps", "sings"])] * choice([1, 2, 3])
         rows.append({"text": " ".join(words), "label": colour})
     return rows
+
+
+def tagged_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Sentences whose animals, with the colour before them, are entities in IOB2 tags."""
+    rows = []
+    for row in colour_rows(count, seed):
+        words = row["text"].split()
+        kinds = [{"cat": "PET", "dog": "PET", "bird": "WILD"}.get(word) for word in words]
+        tags = ["O"] * len(words)
+        for at, kind in enumerate(kinds):
+            if kind:
+                tags[at - 1 : at + 1] = [f"B-{kind}", f"I-{kind}"]
+        rows.append({"tokens": words, "tags": tags})
+    return rows
+
+
+def bright_images(count: int, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images uint8 [count, 8, 8] with one bright quarter, and labels [count]: which one it is."""
+    random_state = np.random.default_rng(seed)
+    images = random_state.integers(0, 60, (count, 8, 8), np.uint8)
+    labels = random_state.integers(0, 4, count)
+    for image, label in zip(images, labels, strict=True):
+        top, left = 4 * (label // 2), 4 * (label % 2)
+        image[top : top + 4, left : left + 4] += 150
+    return images, labels
 
 
 def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:

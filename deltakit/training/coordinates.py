@@ -1,14 +1,15 @@
 """Between live parameters and the tensors of the checkpoint they were loaded from.
 
 A delta speaks of the checkpoint: its names, shapes and flat indices. A live model may carry a
-prefix that the checkpoint lacks (a `BertModel` checkpoint in a classifier), or lack one.
+prefix that the checkpoint lacks (a `BertModel` checkpoint in a classifier), or lack one, and
+transformers renames the modules of some architectures when it loads them (ViT).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def checkpoint_names(
     if checkpoint is None:
         return {name: name for name in live}
     prefix = getattr(model, "base_model_prefix", "")
-    names = {name: _resolve(name, prefix, checkpoint) for name in live}
+    saved = _saved_names(model, live)
+    names = {n: _resolve((n, saved.get(n, n)), prefix, checkpoint) for n in live}
     for name, stored in names.items():
         if stored is not None and tuple(checkpoint.tensors[stored].shape) != live[name].shape:
             raise CoordinateError(
@@ -63,11 +65,26 @@ def checkpoint_names(
     return names
 
 
-def _resolve(name: str, prefix: str, checkpoint: Checkpoint) -> str | None:
-    candidates = [name]
+def _saved_names(model: Any, live: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Live name -> name under which `save_pretrained` writes the tensor, where it is kept whole.
+
+    Tensors without data go through the library's own conversion, and are known again by identity.
+    """
+    if not hasattr(model, "save_pretrained"):
+        return {}
+    from transformers.core_model_loading import revert_weight_conversion
+
+    marks = {name: torch.empty_like(tensor, device="meta") for name, tensor in live.items()}
+    known = {id(mark): name for name, mark in marks.items()}
+    saved = revert_weight_conversion(model, marks)
+    return {known[id(mark)]: name for name, mark in saved.items() if id(mark) in known}
+
+
+def _resolve(names: Sequence[str], prefix: str, checkpoint: Checkpoint) -> str | None:
+    candidates = list(dict.fromkeys(names))
     if prefix:
-        candidates.append(name.removeprefix(f"{prefix}."))
-        candidates.append(f"{prefix}.{name}")
+        candidates += [name.removeprefix(f"{prefix}.") for name in names]
+        candidates += [f"{prefix}.{name}" for name in names]
     for new, old in _OLD_ENDINGS:
         candidates += [c.removesuffix(new) + old for c in candidates if c.endswith(new)]
     return next((c for c in candidates if c in checkpoint.tensors), None)

@@ -23,7 +23,7 @@ def generate_texts(live: Live, prompts: Sequence[list[int]], max_new_tokens: int
     cast = torch.autocast(device.type, torch.bfloat16) if live.mixed_precision else nullcontext()
     encoder = bool(model.config.is_encoder_decoder)
     pad = tokenizer.pad_token_id or 0
-    ends = model.generation_config.eos_token_id  # may be several, which the tokenizer cannot say
+    ends = _ends(model.generation_config.eos_token_id, tokenizer.eos_token_id)
     texts: list[str] = []
     for start in range(0, len(prompts), live.batch_size):
         part = prompts[start : start + live.batch_size]
@@ -42,9 +42,15 @@ def generate_texts(live: Live, prompts: Sequence[list[int]], max_new_tokens: int
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=pad,
-                eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+                eos_token_id=ends or None,
             )
         texts += tokenizer.batch_decode(
             written if encoder else written[:, longest:], skip_special_tokens=True
         )
     return texts
+
+
+def _ends(of_model: int | list[int] | None, of_tokenizer: int | None) -> list[int]:
+    """What the model stops at: its own end tokens, and the one that training puts at the end."""
+    ends = of_model if isinstance(of_model, list) else [of_model]
+    return sorted({end for end in (*ends, of_tokenizer) if end is not None})
