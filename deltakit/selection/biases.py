@@ -1,0 +1,73 @@
+"""Bias terms: which tensors they are, and selections that stay within them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from deltakit.errors import BudgetError
+from deltakit.selection.heuristics import Measure, Measurement
+from deltakit.selection.scene import Candidate, Scene
+
+_BIAS = re.compile(r"(^|_)bias(_|$)")  # bias, in_proj_bias, bias_ih_l0
+_NORM = re.compile(r"norm|^(ln|bn)(_|\d|$)", re.IGNORECASE)
+
+
+def bias_scene(scene: Scene, budget: int) -> Scene:
+    """The scene with true bias terms as its only targets.
+
+    True bias terms (Ben-Zaken et al. 2022) are the bias vectors of layers that are no
+    normalisation; those are told by the module's type and by its name. Raises BudgetError when the
+    biases hold fewer than `budget` free entries.
+    """
+    biases = [t for t in scene.targets if _is_bias(t, scene.model)]
+    room = sum(t.numel - len(t.blocked()) for t in biases)
+    if budget > room:
+        raise BudgetError(
+            f"budget {budget} is more than the {room} bias entries of the targets that can be "
+            "chosen; lower it to that number"
+        )
+    return replace(scene, targets=biases)
+
+
+def _is_bias(target: Candidate, model: torch.nn.Module | None) -> bool:
+    path, _, name = target.live_name.rpartition(".")
+    owners = [path.rpartition(".")[2]]
+    if model is not None:
+        owners.append(type(model.get_submodule(path)).__name__)
+    normalises = any(_NORM.search(owner) for owner in owners)
+    return bool(_BIAS.search(name)) and len(target.shape) == 1 and not normalises
+
+
+def never_elsewhere(
+    scene: Scene, biases: Scene, scores: Callable[[int], torch.Tensor]
+) -> Callable[[int], torch.Tensor]:
+    """Scores for all targets of a scene: those of its biases, and -inf for other tensors."""
+    inside = {t.number for t in biases.targets}
+    sizes = {t.number: t.numel for t in scene.targets}
+
+    def all_scores(number: int) -> torch.Tensor:
+        if number in inside:
+            return scores(number)
+        return torch.full((sizes[number],), -torch.inf)
+
+    return all_scores
+
+
+@dataclass(frozen=True)
+class OnBiases:
+    """A measure whose scores count for true bias terms only; see `bias_scene`.
+
+    It needs the "global" allocation: others would give seats to tensors that are no biases.
+    """
+
+    heuristic: Measure
+
+    def measure(self, scene: Scene, budget: int) -> Measurement:
+        """Scores of biases, and -inf elsewhere; BudgetError for more entries than biases hold."""
+        biases = bias_scene(scene, budget)
+        measured = self.heuristic.measure(biases, budget)
+        return replace(measured, scores=never_elsewhere(scene, biases, measured.scores))
