@@ -26,6 +26,7 @@ from deltakit.training.metrics import greater_is_better
 from deltakit.training.prepare import Prepared
 from deltakit.training.presets import PRESETS
 from deltakit.training.pretrained import load_model
+from deltakit.training.settings import parse_option
 from deltakit.training.task import Live
 from deltakit.training.trainer import SparseTrainer
 from deltakit.training.watch import BestDelta, LogFile, Progress
@@ -33,7 +34,8 @@ from deltakit.training.watch import BestDelta, LogFile, Progress
 # Settings that a delta remembers, so that its making can be told and repeated.
 _REMEMBERED = (
     *("task", "method", "preset", *METHOD_SETTINGS, "age"),
-    *("lr", "head_lr", "weight_decay", "warmup", "scheduler", "epochs", "max_steps"),
+    *("lr", "head_lr", "optimizer", "optimizer_options", "weight_decay"),
+    *("warmup", "scheduler", "epochs", "max_steps"),
     *("batch_size", "gradient_accumulation", "max_length", "seed", "model", "data"),
 )
 
@@ -68,18 +70,18 @@ def build_trainer(
     budget, marks = config.budgets(base.total_weights)
     transformers.set_seed(config.seed)
     model = load_model(prepared.located, prepared.config, prepared.problem, config.dtype)
-    validation = prepared.examples.get("validation")
-    problem, live = prepared.problem, _live(model, config, prepared)
     trainer = SparseTrainer(
         model,
         arguments(config, folder, len(prepared.examples["train"])),
         method=make_method(config.method, budget, config.method_settings()),
         target=config.target or None,
-        exclude=_exclusions(config, model, base),
+        exclude=exclusions(config, model, base),
         extras=config.extras,
         extras_lr=config.head_lr,
         checkpoint_budgets=[mark for mark in marks if mark < budget],
         age=config.age,
+        optimizer=config.optimizer,
+        optimizer_options=dict(parse_option(given) for given in config.optimizer_options),
         base=base,
         init_delta=deltas.init,
         avoid=deltas.avoid,
@@ -87,19 +89,28 @@ def build_trainer(
         revision=prepared.located.revision,
         config=_config_changes(prepared.changes, model),
         provenance=_provenance(config),
-        train_dataset=Examples(prepared.examples["train"]),
-        eval_dataset=None if _never(config) or validation is None else Examples(validation),
-        data_collator=Collator.of(model, prepared.processor),
-        compute_metrics=lambda p: {
-            **problem.metrics(p.predictions, p.label_ids),
-            **problem.live_metrics("validation", live),
-        },
-        preprocess_logits_for_metrics=lambda logits, labels: problem.reduce(
-            logits[0] if isinstance(logits, tuple) else logits, labels
-        ),
+        **feeding(config, prepared, model),
     )
     _watch(trainer, config, prepared.metric, folder, quiet=quiet)
     return trainer
+
+
+def feeding(config: TrainConfig, prepared: Prepared, model: Any) -> dict[str, Any]:
+    """What any Trainer needs to train and evaluate on the problem: data, collator and metrics."""
+    validation = prepared.examples.get("validation")
+    problem, live = prepared.problem, _live(model, config, prepared)
+    return {
+        "train_dataset": Examples(prepared.examples["train"]),
+        "eval_dataset": None if _never(config) or validation is None else Examples(validation),
+        "data_collator": Collator.of(model, prepared.processor),
+        "compute_metrics": lambda p: {
+            **problem.metrics(p.predictions, p.label_ids),
+            **problem.live_metrics("validation", live),
+        },
+        "preprocess_logits_for_metrics": lambda logits, labels: problem.reduce(
+            logits[0] if isinstance(logits, tuple) else logits, labels
+        ),
+    }
 
 
 def arguments(config: TrainConfig, folder: RunFolder, examples: int) -> TrainingArguments:
@@ -112,7 +123,7 @@ def arguments(config: TrainConfig, folder: RunFolder, examples: int) -> Training
     every = {"epoch": epoch, "steps": config.eval_steps}.get(config.eval_strategy)
     return TrainingArguments(
         output_dir=str(folder.path),
-        learning_rate=config.lr,
+        learning_rate=0.0 if isinstance(config.lr, str) else config.lr,  # auto: not known yet
         weight_decay=config.weight_decay,
         warmup_steps=config.warmup,
         lr_scheduler_type=config.scheduler,
@@ -142,7 +153,8 @@ def _live(model: Any, config: TrainConfig, prepared: Prepared) -> Live:
     return Live(model, prepared.processor, prepared.longest, config.eval_batch_size, mixed)
 
 
-def _exclusions(config: TrainConfig, model: Any, base: Checkpoint) -> list[str]:
+def exclusions(config: TrainConfig, model: Any, base: Checkpoint) -> list[str]:
+    """The patterns of `exclude`, less those of a preset that match nothing in this model."""
     preset = PRESETS.get(config.preset or "", {})
     if list(config.exclude) != preset.get("exclude"):
         return list(config.exclude)

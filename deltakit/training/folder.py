@@ -51,6 +51,21 @@ class RunFolder:
         """Budget against metric, where matplotlib is installed."""
         return self.path / "budget.png"
 
+    @property
+    def unmasking_plot(self) -> Path:
+        """Where entries went over the steps, where matplotlib is installed and they joined late."""
+        return self.path / "unmasking.png"
+
+    @property
+    def lr(self) -> Path:
+        """What the sweep for the learning rate found."""
+        return self.path / "lr.json"
+
+    @property
+    def lr_plot(self) -> Path:
+        """Loss against learning rate, where matplotlib is installed."""
+        return self.path / "lr.png"
+
     def checkpoints(self) -> list[Path]:
         """Folders to resume from, the newest last."""
         found = [p for p in self.path.glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name)]
@@ -70,8 +85,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Make the folder, without anything that an earlier run wrote."""
-        settings = [path for path in (self.config, self.log, self.plot) if path.exists()]
-        for path in [*self._results(), *settings]:
+        others = (self.config, self.log, self.plot, self.unmasking_plot, self.lr, self.lr_plot)
+        for path in [*self._results(), *(path for path in others if path.exists())]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
 

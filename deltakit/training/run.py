@@ -15,10 +15,13 @@ import torch
 from deltakit import __version__
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import save
+from deltakit.training.analysis_report import analyses, plot_unmasking
 from deltakit.training.build import Deltas, build_trainer
 from deltakit.training.config import TrainConfig
 from deltakit.training.config_file import write_file
 from deltakit.training.folder import RunFolder
+from deltakit.training.lr_run import known_rate, settle_rate
+from deltakit.training.memory import PeakMemory
 from deltakit.training.prepare import Prepared, Say, prepare
 from deltakit.training.pretrained import with_weights
 from deltakit.training.quiet import quieten
@@ -56,6 +59,7 @@ def train(
     """
     started = time.monotonic()
     folder = RunFolder(Path(config.output_dir))
+    config = known_rate(config, folder) if resume else config
     checkpoint = folder.resume(config) if resume else None
     if not resume:
         folder.check_free(force=force)
@@ -70,13 +74,21 @@ def train(
         folder.clear()
         write_file(config, folder.config)
     trainer = build_trainer(config, prepared, deltas, base, folder, quiet=quiet)
+    config = settle_rate(config, trainer, folder, say)
+    memory, training = PeakMemory(), time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.interrupted is not None and trainer.state.global_step < trainer.state.max_steps:
         return Outcome(None, trainer.interrupted, trainer.state.global_step)
+    cost = {
+        "resumed": checkpoint is not None,  # costs are then those since
+        "train_seconds": round(time.monotonic() - training, 3),
+        "peak_bytes_above_model": memory.above(),
+    }
     save(trainer.delta(), folder.delta)
     record = _results(config, prepared, base, trainer, folder)
-    record["seconds"] = round(time.monotonic() - started, 3)
+    record |= {**cost, "seconds": round(time.monotonic() - started, 3)}
     plot(record, folder.plot)
+    plot_unmasking(record["analyses"], folder.unmasking_plot)
     write_metrics(record, folder.metrics)
     folder.drop_checkpoints()
     return Outcome(record, None, trainer.state.global_step)
@@ -118,10 +130,13 @@ def _results(
             "base_weights": base.total_weights,
         },
         "extras": {"weights": delta.extra_weights, "names": list(delta.extras)},
+        "analyses": analyses(delta, {t.name: t.shape for t in trainer.tuner.engine.entries.targets}),
         "marks": marks,
         "final": {"entries": delta.nnz, **last},
         "best": None if best is None else _result(best, best["step"], names, folder.best),
         "steps": step,
+        "lr": config.lr,
+        "lr_auto": delta.provenance.get("lr_auto"),
         "versions": _versions(),
     }
 
