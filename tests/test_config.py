@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltakit.errors import ConfigError, DeltakitError, MissingFileError
+from deltakit.selection import METHODS
 from deltakit.selection.recipe import make_method
 from deltakit.training.config import TrainConfig, describe
 from deltakit.training.config_file import read_file, render, resolve
@@ -112,6 +113,22 @@ def test_presets_are_valid(name: str) -> None:
     """Every preset makes a configuration, and its method can be built from it."""
     config = resolve({**NEEDED, "method": PRESETS[name]["method"], "preset": name}, {})
     assert make_method(config.method, 10, config.method_settings()).budget == 10
+
+
+def test_every_method_has_defaults() -> None:
+    """`deltakit train --method X` finds `X-default`, which is for X."""
+    for method in METHODS.names():
+        assert resolve({**NEEDED, "method": method}, {}).preset == f"{method}-default"
+
+
+def test_presets_of_the_papers() -> None:
+    """As the authors state them."""
+    found = {n: (PRESETS[n]["exp"], PRESETS[n]["eps"]) for n in PRESETS if "id3-paper-" in n}
+    assert found["id3-paper-nlu"] == (2.0, 1.0)
+    assert found["id3-paper-best"] == (-1.0, 0.5)
+    mask = resolve({**NEEDED, "preset": "random-paper", "method": "random"}, {})
+    assert (mask.target, mask.exclude) == (("attention-qv",), ())
+    assert (mask.scheduler, mask.warmup, mask.lr) == ("constant", 0.0, 1e-2)
 
 
 def test_numbers_as_yaml_reads_them() -> None:
