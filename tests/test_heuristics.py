@@ -577,7 +577,6 @@ def test_a_dense_phase_needs_a_length_and_tells_its_progress() -> None:
 
 
 def test_true_biases_leave_norms_and_weights_out() -> None:
-    assert METHODS["bitfit"](budget=3) is not None
     tuner = dk.SparseTuner(Net(), METHODS["bitfit"](budget=11))
     assert _chosen(tuner.delta()) == {
         "head.bias": {0, 1, 2},
@@ -586,6 +585,14 @@ def test_true_biases_leave_norms_and_weights_out() -> None:
     }
     with pytest.raises(BudgetError, match="budget 12 is more than the 11 bias entries"):
         dk.SparseTuner(Net(), METHODS["bitfit"](budget=12))
+
+
+def test_scores_lie_where_their_tensor_does() -> None:
+    """The meta device stands in for any other than the CPU."""
+    scene = _scene(Net().to("meta"))
+    for method in ("bitfit", "pafi", "super-tuning"):
+        measured = METHODS[method](budget=3).heuristic.measure(scene, 3)
+        assert {measured.scores(t.number).device.type for t in scene.targets} == {"meta"}
 
 
 def test_norms_and_biases_are_told_by_type_and_by_name() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from deltakit.errors import BudgetError
+from deltakit.selection.gradient_passes import widened
 from deltakit.selection.heuristics import Measure, Measurement
 from deltakit.selection.scene import Candidate, Scene
 
@@ -47,12 +48,12 @@ def never_elsewhere(
 ) -> Callable[[int], torch.Tensor]:
     """Scores for all targets of a scene: those of its biases, and -inf for other tensors."""
     inside = {t.number for t in biases.targets}
-    sizes = {t.number: t.numel for t in scene.targets}
+    parameters = {t.number: t.parameter for t in scene.targets}
 
     def all_scores(number: int) -> torch.Tensor:
         if number in inside:
             return scores(number)
-        return torch.full((sizes[number],), -torch.inf)
+        return torch.full_like(widened(parameters[number]), -torch.inf)
 
     return all_scores
 

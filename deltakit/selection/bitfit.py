@@ -25,12 +25,13 @@ class EqualShares:
 
     def measure(self, scene: Scene, budget: int) -> Measurement:
         """Scores from sizes and the seed alone."""
-        sizes = {t.number: t.numel for t in scene.targets}
+        parameters = {t.number: t.parameter for t in scene.targets}
 
         def scores(number: int) -> torch.Tensor:
             generator = torch.Generator().manual_seed(self.seed + 2**32 * number)
-            ranks = torch.randperm(sizes[number], generator=generator)
-            return -(2 * ranks + 1) / sizes[number]
+            size = parameters[number].numel()
+            ranks = torch.randperm(size, generator=generator)
+            return (-(2 * ranks + 1) / size).to(parameters[number].device)
 
         return Measurement(scores)
 
