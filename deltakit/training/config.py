@@ -36,6 +36,8 @@ METHOD_SETTINGS = (
     *("heuristic", "eps", "exp", "precondition"),
     *("schedule", "allocation", "unmask_fraction", "every", "restore"),
     *("rate", "first_rate", "decay"),
+    *("num_batches", "num_samples", "labels", "square", "difference"),
+    *("dense_steps", "dense_fraction", "dense_lr", "iterations", "probability", "penalty"),
 )
 REQUIRED = ("model", "data", "task", "budget", "output_dir")
 
@@ -150,6 +152,40 @@ class TrainConfig:
     decay: str | None = setting(
         None, one_of("linear", "cosine"), METHOD, "how the exchanged share falls"
     )
+    num_batches: int | None = setting(
+        None, whole(1), METHOD, "batches whose gradients are summed before training"
+    )
+    num_samples: int | None = setting(
+        None, whole(1), METHOD, "training examples that Fisher information is measured with"
+    )
+    labels: str | None = setting(
+        None,
+        one_of("empirical", "model", "expected"),
+        METHOD,
+        "labels of Fisher information: the data's, drawn from the model, or all by expectation",
+    )
+    square: bool | None = setting(
+        None, yes_or_no(), METHOD, "whether Fisher information squares gradients"
+    )
+    difference: float | None = setting(
+        None, real(above=True), METHOD, "step of grasp where a model has no second derivative: 1e-2"
+    )
+    dense_steps: int | None = setting(
+        None, whole(1), METHOD, "steps of the dense phase before training"
+    )
+    dense_fraction: float | None = setting(
+        None, real(above=True), METHOD, "the same, as a share of the training steps"
+    )
+    dense_lr: float | None = setting(
+        None, real(above=True), METHOD, "learning rate of the dense phase"
+    )
+    iterations: int | None = setting(
+        None, whole(1), METHOD, "dense phases of lt-sft, each of which adds its part of the budget"
+    )
+    probability: float | None = setting(
+        None, real(0, 1, above=True), METHOD, "share of gradients that child-tuning-f keeps"
+    )
+    penalty: float | None = setting(None, real(), METHOD, "price of an open gate of diff-pruning")
     target: tuple[str, ...] = setting(
         (), many(text("PATTERN")), METHOD, "tensors to train; all if unset"
     )
