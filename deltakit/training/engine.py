@@ -1,7 +1,8 @@
 """The training engine: from dense gradients, one tensor at a time, to updated entries.
 
 Backward hands each target's dense gradient to a hook, which takes out the gradients of trained
-entries, lets the selector score the rest, and frees it before the next one is computed.
+entries, lets the selector score the rest, and frees it before the next one is computed. While the
+support is fixed, most layers compute the gradients of entries alone (`training.fixed_support`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from deltakit.dtypes import Array
 from deltakit.errors import TrainingError
 from deltakit.selection.methods import Change, Selector
 from deltakit.training.entries import Entries, Target
+from deltakit.training.fixed_support import FixedSupport
+from deltakit.training.gradient_path import GradientPath
 from deltakit.training.resting import Resting
 
 
@@ -52,6 +55,8 @@ def make_extra(name: str, parameter: torch.nn.Parameter) -> Extra:
 class Engine:
     """Entries, extras, selector and the hooks that feed them.
 
+    model: whose layers compute the gradients of entries alone while the support is fixed; without
+    one all come from dense gradients.
     frozen: the entries' values are given and not trained; only extras are.
     buffers: the model's saved buffers by name; forward may change them, the engine never does.
     accumulation_steps: backward passes per optimizer step. Selection needs the gradient summed
@@ -65,6 +70,7 @@ class Engine:
         extras: Sequence[Extra],
         selector: Selector | None,
         *,
+        model: torch.nn.Module | None = None,
         frozen: bool = False,
         buffers: Mapping[str, torch.Tensor] | None = None,
         accumulation_steps: int = 1,
@@ -75,7 +81,9 @@ class Engine:
         self._buffers_before = {name: b.detach().clone() for name, b in self.buffers.items()}
         self.extras = list(extras)
         self.selector = selector
+        self.model = model
         self.frozen = frozen
+        self._fixed: FixedSupport | None = None
         self.accumulation_steps = accumulation_steps
         self.max_grad_norm = max_grad_norm
         self.step = 0
@@ -90,6 +98,13 @@ class Engine:
         self._hooks = [_on_gradient(t.parameter, self._hook(t)) for t in entries.targets]
         self._change_ahead()
         self._freeze_untrained()
+
+    @property
+    def paths(self) -> dict[str, GradientPath]:
+        """Where the gradients of each tensor's entries come from (see `FixedSupport`)."""
+        if self._fixed:
+            return dict(self._fixed.paths)
+        return {t.name: "dense" for t in self.entries.targets if len(t.indices)}
 
     @property
     def selecting(self) -> bool:
@@ -164,6 +179,9 @@ class Engine:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._fixed:
+            self._fixed.close()
+            self._fixed = None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only, so that it loads with `weights_only=True`."""
@@ -215,7 +233,9 @@ class Engine:
         self._freeze_untrained()
 
     def _hook(self, target: Target) -> Callable[[torch.Tensor], None]:
-        def receive(_: torch.Tensor) -> None:
+        def receive(parameter: torch.Tensor) -> None:
+            if parameter.grad is None:  # a compiled model reports even what it did not compute
+                return
             self._passes[target.number] += 1
             if self.selecting and self._passes[target.number] < self.accumulation_steps:
                 return  # the sum over all passes is scored, so it must be kept
@@ -283,10 +303,17 @@ class Engine:
         return norm
 
     def _freeze_untrained(self) -> None:
-        """Once the support is fixed, tensors without entries need no gradient at all."""
+        """Once the support is fixed, only its entries' gradients are computed.
+
+        Tensors without entries need none at all.
+        """
         for target in self.entries.targets:
             trained = len(target.indices) > 0 and not self.frozen
             target.parameter.requires_grad_(self.selecting or trained)
+        if self._fixed:
+            self._fixed.close()
+        settled = not self.selecting and not self.frozen
+        self._fixed = FixedSupport(self.model, self.entries) if self.model and settled else None
 
 
 def _on_gradient(parameter: torch.nn.Parameter, hook: Callable[[torch.Tensor], None]) -> Any:

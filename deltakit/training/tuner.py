@@ -24,6 +24,7 @@ from deltakit.training.coordinates import (
 )
 from deltakit.training.engine import Engine, make_extra
 from deltakit.training.entries import Entries
+from deltakit.training.gradient_path import GradientPath
 from deltakit.training.live_identity import LiveIdentity
 from deltakit.training.optimizer import Age
 from deltakit.training.optimizer_choice import make_optimizer
@@ -121,6 +122,7 @@ class SparseTuner:
             entries,
             kept,
             start.selector,
+            model=model,
             frozen=start.frozen,
             buffers=buffers,
             accumulation_steps=accumulation_steps,
@@ -146,6 +148,14 @@ class SparseTuner:
     def unmasked(self) -> int:
         """Entries in training so far."""
         return self.engine.entries.count
+
+    @property
+    def gradient_paths(self) -> dict[str, GradientPath]:
+        """By tensor with entries: "sampled", "submatrix" or "dense" products give their gradients.
+
+        All dense while the support changes; then what `training.gradient_path` finds cheapest.
+        """
+        return self.engine.paths
 
     @property
     def budget(self) -> int:

@@ -1,0 +1,231 @@
+"""Gradients of chosen entries of a weight matrix, without the gradients of the others.
+
+All three functions return one number per entry, in row-major order of the entries, float32
+(float64 where the gradient is float64). An entry (r, c) of a layer's weight has the gradient
+sum over tokens n of left[n, r] * right[n, c], where left and right are the layer's activations and
+the gradient of its outputs, or the other way round: a sampled dense-dense product (SDDMM).
+
+The first two are registered operators, opaque to `torch.compile`, so that models compile whole.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+BUFFER = 2**22  # elements of one transposed block or one gathered chunk: 16 MiB in float32
+TILE = 64  # tokens transposed at once: their lines stay in the cache while they are written
+PADDING = 16  # features; without it lines a power of two apart would compete for the same places
+
+
+@torch.library.custom_op("deltakit::sampled_product", mutates_args=())
+def sampled_product(
+    activations: torch.Tensor,
+    gradient: torch.Tensor,
+    starts: torch.Tensor,
+    columns: torch.Tensor,
+    *,
+    activations_left: bool,
+) -> torch.Tensor:
+    """Entries of the product left^T @ right, [nnz].
+
+    activations, gradient: [..., features], of any floating dtype; the weight's rows belong to the
+    activations if `activations_left`, else to the gradient. starts: int32 [rows + 1], columns:
+    int32 [nnz], the entries in compressed sparse row form. Tokens are taken in blocks, so that
+    buffers stay bounded; sums are in the dtype of the result.
+    """
+    dtype = _sum_dtype(gradient)
+    total = torch.zeros(len(columns), dtype=dtype, device=gradient.device)
+    block = _block_length(max(activations.shape[-1], gradient.shape[-1]))
+    gradients = _transposed(gradient, block, dtype)
+    for pair in zip(_remembered(activations, block, dtype), gradients, strict=True):
+        left, right = pair if activations_left else pair[::-1]
+        total += _sampled_block(left, right, starts, columns)
+    return total
+
+
+@sampled_product.register_fake
+def _(
+    activations: torch.Tensor,
+    gradient: torch.Tensor,
+    starts: torch.Tensor,
+    columns: torch.Tensor,
+    *,
+    activations_left: bool,
+) -> torch.Tensor:
+    return gradient.new_empty(columns.shape, dtype=_sum_dtype(gradient))
+
+
+@torch.library.custom_op("deltakit::sampled_embedding", mutates_args=())
+def sampled_embedding(
+    tokens: torch.Tensor,
+    gradient: torch.Tensor,
+    starts: torch.Tensor,
+    columns: torch.Tensor,
+    widest: int,
+    padding: int,
+) -> torch.Tensor:
+    """Entries of an embedding's gradient, [nnz].
+
+    tokens: int [...], the rows looked up. gradient: [..., features]. starts, columns: as above.
+    widest: entries of the fullest row. padding: the row that learns nothing, or -1.
+    """
+    total = torch.zeros(len(columns), dtype=_sum_dtype(gradient), device=gradient.device)
+    rows, wanted = tokens.reshape(-1).long(), gradient.reshape(-1, gradient.shape[-1])
+    length = max(1, BUFFER // max(1, 4 * widest))
+    for ids, part in zip(torch.split(rows, length), torch.split(wanted, length), strict=True):
+        first = starts[ids].long()
+        counts = (starts[ids + 1] - first).masked_fill_(ids == padding, 0)
+        token = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), counts)
+        before = counts.cumsum(0) - counts
+        entry = torch.arange(len(token), device=ids.device) + (first - before)[token]
+        taken = part[token, columns[entry]].to(total.dtype)
+        if total.device.type == "cpu":
+            total.index_add_(0, entry, taken)
+        else:  # index_add_ adds in any order there, index_put_ sorts first
+            total.index_put_((entry,), taken, accumulate=True)
+    return total
+
+
+@sampled_embedding.register_fake
+def _(
+    tokens: torch.Tensor,
+    gradient: torch.Tensor,
+    starts: torch.Tensor,
+    columns: torch.Tensor,
+    widest: int,
+    padding: int,
+) -> torch.Tensor:
+    return gradient.new_empty(columns.shape, dtype=_sum_dtype(gradient))
+
+
+def submatrix_product(
+    activations: torch.Tensor,
+    gradient: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    places: torch.Tensor,
+    *,
+    activations_left: bool,
+) -> torch.Tensor:
+    """Entries of the product left^T @ right of occupied rows and columns only, [nnz].
+
+    rows, columns: int64, those with entries; places: int64 [nnz], flat positions in their product.
+    It is taken in the gradient's dtype, as the whole product would be.
+    """
+    pair = activations, gradient
+    left, right = pair if activations_left else pair[::-1]
+    product = _chosen(left, rows).t() @ _chosen(right, columns)
+    return product.reshape(-1).index_select(0, places).to(_sum_dtype(gradient))
+
+
+def _chosen(tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    return flat if len(features) == flat.shape[1] else flat.index_select(1, features)
+
+
+def _sum_dtype(gradient: torch.Tensor) -> torch.dtype:
+    return torch.float64 if gradient.dtype == torch.float64 else torch.float32
+
+
+def _block_length(features: int) -> int:
+    """Tokens per block: a multiple of TILE whose transpose fits the buffer."""
+    return max(1, BUFFER // features // TILE) * TILE
+
+
+def _transposed(tokens: torch.Tensor, block: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """[..., features] as contiguous [features, at most `block`], one block of tokens at a time."""
+    features = tokens.shape[-1]
+    tile = torch.empty(TILE, features + PADDING, dtype=tokens.dtype, device=tokens.device)
+    tile = tile[:, :features]
+    for part in torch.split(tokens.reshape(-1, features), block):
+        turned = torch.empty(features, len(part), dtype=dtype, device=part.device)
+        for rows, to in zip(torch.split(part, TILE), torch.split(turned, TILE, 1), strict=True):
+            to.copy_(tile[: len(rows)].copy_(rows).t())
+        yield turned
+
+
+@dataclass(frozen=True, eq=False)
+class _Turned:
+    """The transpose of the activations that were used last."""
+
+    source: weakref.ref[torch.Tensor]
+    version: int
+    block: int
+    blocks: list[torch.Tensor]
+
+
+_last: _Turned | None = None
+
+
+def _remembered(
+    activations: torch.Tensor, block: int, dtype: torch.dtype
+) -> Iterator[torch.Tensor] | list[torch.Tensor]:
+    """The transposed blocks; layers that share their input (query, key, value) share them.
+
+    Kept only while the activations themselves live, and only within the bound of the buffer.
+    """
+    global _last
+    last = _last
+    version = activations._version
+    if last and last.source() is activations and (last.version, last.block) == (version, block):
+        return last.blocks
+    _last = None
+    blocks = _transposed(activations, block, dtype)
+    if activations.numel() > 2 * BUFFER:
+        return blocks
+    kept = list(blocks)
+    _last = _Turned(weakref.ref(activations, _forget), version, block, kept)
+    return kept
+
+
+def _forget(source: weakref.ref[torch.Tensor]) -> None:
+    global _last
+    if _last is not None and _last.source is source:
+        _last = None
+
+
+def _sampled_block(
+    left: torch.Tensor, right: torch.Tensor, starts: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """left: [rows, n], right: [columns, n], both contiguous; returns [nnz]."""
+    if _has_sampled_addmm(left.device, left.dtype):
+        # The template must be finite: beta=0 multiplies it all the same.
+        template = torch.zeros(len(columns), dtype=left.dtype, device=left.device)
+        shape = (len(left), len(right))
+        pattern = torch.sparse_csr_tensor(starts, columns, template, shape, check_invariants=False)
+        product: torch.Tensor = torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0.0)
+        return product.values()
+    return _gathered_block(left, right, starts, columns)
+
+
+def _gathered_block(
+    left: torch.Tensor, right: torch.Tensor, starts: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """The same with index_select alone, in bounded chunks of entries."""
+    numbers = torch.arange(len(left), device=left.device)
+    rows = torch.repeat_interleave(numbers, starts.diff().long())
+    length = max(1, BUFFER // max(1, left.shape[1]))
+    parts = [
+        (left.index_select(0, r) * right.index_select(0, c)).sum(1)
+        for r, c in zip(torch.split(rows, length), torch.split(columns, length), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+@cache
+def _has_sampled_addmm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this build of torch has the kernel for the device and dtype: tried once."""
+    one = torch.ones(1, 1, dtype=dtype, device=device)
+    try:
+        with warnings.catch_warnings():  # torch says once that sparse tensors are in beta
+            warnings.simplefilter("ignore")
+            torch.sparse.sampled_addmm(one.to_sparse_csr(), one, one, beta=0.0)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
