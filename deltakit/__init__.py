@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from deltakit.selection import RandomMask as RandomMask
     from deltakit.selection import Repeat as Repeat
     from deltakit.selection import Static as Static
+    from deltakit.training.calibration import Batches as Batches
     from deltakit.training.trainer import SparseTrainer as SparseTrainer
     from deltakit.training.tuner import SparseTuner as SparseTuner
     from deltakit.truncation import truncate as truncate
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "BaseIdentity": "deltakit.delta",
+    "Batches": "deltakit.training.calibration",
     "DeltakitError": "deltakit.errors",
     "DropAndGrow": "deltakit.selection",
     "Fingerprint": "deltakit.delta",
