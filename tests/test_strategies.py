@@ -269,13 +269,16 @@ def test_static_takes_the_gradients_of_the_first_step_and_no_other() -> None:
         np.testing.assert_array_equal(found, mask.flatten().nonzero().flatten().numpy())
 
 
+@pytest.mark.parametrize("extras", ["c", ()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_frozen_values_are_set_to_zero_and_stay(dtype: torch.dtype, tmp_path: Any) -> None:
+def test_frozen_values_are_set_to_zero_and_stay(
+    dtype: torch.dtype, extras: Any, tmp_path: Any
+) -> None:
     """The delta is in set mode, and merging its file zeroes exactly the chosen weights."""
     model = Net(dtype)
     before = _weights(model)
     method = dk.Static(budget=40, heuristic=_Zeroing())
-    tuner = _train(model, method, 3, weight_decay=0.1, extras="c")
+    tuner = _train(model, method, 3, weight_decay=0.1, extras=extras)
     delta = tuner.delta()
     dk.save(delta, tmp_path / "d.sdelta")
     fresh = Net(dtype)
@@ -289,6 +292,24 @@ def test_frozen_values_are_set_to_zero_and_stay(dtype: torch.dtype, tmp_path: An
         for found in (model, fresh):
             assert torch.equal(found.get_parameter(name), expected)
             assert not torch.signbit(found.get_parameter(name).flatten()[chosen]).any()
+
+
+class _OnlyA(_Smallest):
+    """Nothing outside the first tensor may be chosen."""
+
+    def measure(self, scene: Scene, budget: int) -> Measurement:
+        def scores(number: int) -> torch.Tensor:
+            size = scene.targets[number].parameter.detach().abs()
+            return size if number == 0 else torch.full_like(size, -torch.inf)
+
+        return Measurement(scores)
+
+
+def test_entries_that_score_minus_infinity_are_never_chosen() -> None:
+    tuner = dk.SparseTuner(Net(), dk.Static(budget=120, heuristic=_OnlyA()))
+    assert [len(t.indices) for t in tuner.engine.entries.targets] == [120, 0, 0]
+    with pytest.raises(BudgetError, match="asks for 121 entries and only 120 may be chosen"):
+        dk.SparseTuner(Net(), dk.Static(budget=121, heuristic=_OnlyA()))
 
 
 def test_requests_that_make_no_sense_are_refused() -> None:

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 from deltakit.dtypes import Array
-from deltakit.errors import TrainingError
+from deltakit.errors import BudgetError
 from deltakit.selection.heuristics import Measurement
 from deltakit.selection.methods import Chosen, Scene
 from deltakit.selection.topk import TopK
 
+LEAST = float(np.finfo(np.float32).min)
 PART = 2**20  # scores that are looked at in one go
 
 
@@ -20,23 +21,23 @@ def rank(
     """The `count` best entries that may be chosen, best first: (tensor [count], index [count]).
 
     Ties go to the earlier tensor, then to the lower index. seats: which tensor each rank belongs
-    to, int [count], or None where all tensors compete. Raises TrainingError where scores are NaN
-    and too few are left.
+    to, int [count], or None where all tensors compete. Entries that score -inf or NaN are never
+    chosen; raises BudgetError where too few others are left.
     """
     tensors = len(scene.targets)
     if seats is None:
-        pools = [TopK(count, floor=-np.inf)] * tensors
+        pools = [TopK(count, floor=LEAST)] * tensors
     else:
-        pools = [TopK(int(k), floor=-np.inf) for k in np.bincount(seats, minlength=tensors)]
+        pools = [TopK(int(k), floor=LEAST) for k in np.bincount(seats, minlength=tensors)]
     for target, pool in zip(scene.targets, pools, strict=True):
         if pool.k:
             _offer(pool, target.number, measurement.scores(target.number), target.blocked())
     results = [pool.result() for pool in dict.fromkeys(pools)]
     found = sum(len(owners) for owners, _, _ in results)
     if found < count:
-        raise TrainingError(
-            f"only {found} of {count} entries have a score that is a number; the measured "
-            "gradients are not finite: look for broken inputs"
+        raise BudgetError(
+            f"the budget asks for {count} entries and only {found} may be chosen by their scores; "
+            "lower the budget, use allocation global, or look for gradients that are not finite"
         )
     owners = torch.cat([owner.cpu() for owner, _, _ in results])
     indices = torch.cat([index.cpu() for _, index, _ in results])

@@ -310,6 +310,9 @@ class Engine:
         for target in self.entries.targets:
             trained = len(target.indices) > 0 and not self.frozen
             target.parameter.requires_grad_(self.selecting or trained)
+        if self.frozen and not self.extras:  # backward needs something to reach
+            smallest = min(self.entries.targets, key=lambda target: target.numel)
+            smallest.parameter.requires_grad_()
         if self._fixed:
             self._fixed.close()
         settled = not self.selecting and not self.frozen
