@@ -166,7 +166,7 @@ def _by_pattern(
     members: list[list[int]] = []
     left = list(range(len(candidates)))
     for pattern in shares:
-        hits = matching(pattern, names, "allocation pattern")
+        hits = matching(pattern, names, "allocation pattern", model)
         members.append([n for n in left if candidates[n].live_name in hits])
         left = [n for n in left if candidates[n].live_name not in hits]
     room = [sum(free[n] for n in mine) for mine in members]

@@ -160,12 +160,12 @@ def exclusions(config: TrainConfig, model: Any, base: Checkpoint) -> list[str]:
         return list(config.exclude)
     # A preset's patterns are written for every architecture; this one has only some of the names.
     names = checkpoint_names(model, base)
-    return [pattern for pattern in config.exclude if _occurs(pattern, names)]
+    return [pattern for pattern in config.exclude if _occurs(pattern, names, model)]
 
 
-def _occurs(pattern: str, names: Mapping[str, str | None]) -> bool:
+def _occurs(pattern: str, names: Mapping[str, str | None], model: torch.nn.Module) -> bool:
     try:
-        return bool(matching(pattern, names, "exclude pattern"))
+        return bool(matching(pattern, names, "exclude pattern", model))
     except ConfigError:
         return False
 

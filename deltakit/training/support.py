@@ -18,13 +18,13 @@ from deltakit.training.entries import Entries, Target
 def keep_clear(targets: Sequence[Target], avoid: Sequence[SparseDelta]) -> None:
     """Forbid the supports of other deltas; tensors that are no targets cannot collide."""
     for target in targets:
-        supports = []
+        supports = [target.forbidden.cpu().numpy()]
         for delta in avoid:
             if target.name in delta.tensors:
                 tensor = delta.tensors[target.name]
                 _check_shape(target, tensor)
                 supports.append(tensor.indices)
-        if supports:
+        if len(supports) > 1:
             together = np.unique(np.concatenate(supports))
             target.forbidden = torch.from_numpy(together).to(target.parameter.device)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 
+from deltakit.dtypes import Array
 from deltakit.errors import ConfigError
 from deltakit.training.coordinates import matching
 from deltakit.training.entries import Target
@@ -27,10 +29,12 @@ def choose_targets(
     """
     live = dict(model.named_parameters())
     dense = {n for n, stored in names.items() if stored is None}
-    dense |= matching(extras, names, "extras pattern")
-    wanted = matching(target, names, "target pattern") - dense
-    wanted -= matching(exclude, names, "exclude pattern")
-    wanted = {n for n in wanted if live[n].dtype in _TRAINABLE and live[n].numel()}
+    dense |= matching(extras, names, "extras pattern", model).keys()
+    parts = _without(
+        matching(target, names, "target pattern", model),
+        matching(exclude, names, "exclude pattern", model),
+    )
+    wanted = {n for n in parts.keys() - dense if live[n].dtype in _TRAINABLE and live[n].numel()}
     if not wanted:
         raise ConfigError("no tensor is left to train: target, exclude and extras rule all out")
     stored_names = {n: names[n] or n for n in wanted}
@@ -42,4 +46,24 @@ def choose_targets(
                 f"parameter {name!r} is not contiguous and cannot be trained sparsely"
             )
         targets.append(Target(number, stored_names[name], name, live[name]))
+        part = parts[name]
+        if part is not None:
+            outside = np.flatnonzero(~np.broadcast_to(part, targets[-1].shape))
+            targets[-1].forbidden = torch.from_numpy(outside)
     return targets, [n for n in names if n in dense]
+
+
+def _without(
+    taken: Mapping[str, Array | None], excluded: Mapping[str, Array | None]
+) -> dict[str, Array | None]:
+    """What is left of tensors or parts of them (see `matching`)."""
+    left: dict[str, Array | None] = {}
+    for name, part in taken.items():
+        without = excluded.get(name, np.False_)
+        if without is None:
+            continue
+        if name not in excluded:
+            left[name] = part
+        elif (rest := ~without if part is None else part & ~without).any():
+            left[name] = rest
+    return left
