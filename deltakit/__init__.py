@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from deltakit.selection import Repeat as Repeat
     from deltakit.selection import Static as Static
     from deltakit.training.calibration import Batches as Batches
+    from deltakit.training.lr_search import find_lr as find_lr
     from deltakit.training.trainer import SparseTrainer as SparseTrainer
     from deltakit.training.tuner import SparseTuner as SparseTuner
     from deltakit.truncation import truncate as truncate
@@ -54,6 +55,7 @@ _EXPORTS = {
     "applied": "deltakit.live",
     "apply": "deltakit.live",
     "diff": "deltakit.diffing",
+    "find_lr": "deltakit.training.lr_search",
     "inspect": "deltakit.inspection",
     "load": "deltakit.formats.sdelta",
     "merge": "deltakit.merging",

@@ -167,7 +167,9 @@ def test_marks_above_the_budget_are_refused() -> None:
     [
         ({"learning_rate": 1}, "unknown setting 'learning_rate'"),
         ({"bugdet": 1}, "unknown setting 'bugdet'; nearest: budget"),
-        ({"lr": "auto"}, "setting lr: auto is not available in this version; give a number"),
+        ({"head_lr": "auto"}, "setting head_lr: expected a number; found 'auto'"),
+        ({"optimizer": "adamax2"}, "setting optimizer: expected one of adamw, adamw8bit, "),
+        ({"optimizer_options": "momentum"}, "setting optimizer_options: expected name=value"),
         ({"lr": 0}, "setting lr: expected more than 0; found 0"),
         ({"lr": "fast"}, "setting lr: expected a number; found 'fast'"),
         ({"lr": float("nan")}, "setting lr: expected a number"),

@@ -20,6 +20,7 @@ from deltakit.training.settings import (
     learning_rate,
     many,
     one_of,
+    option,
     parse_setting,
     real,
     setting,
@@ -52,6 +53,12 @@ def _heuristics() -> list[str]:
     from deltakit.selection import HEURISTICS
 
     return HEURISTICS.names()
+
+
+def _optimizers() -> list[str]:
+    from deltakit.training.optimizer_choice import optimizer_names
+
+    return optimizer_names()
 
 
 def _schedules() -> list[str]:
@@ -114,7 +121,10 @@ class TrainConfig:
         "how entries are chosen; docs/settings.md lists the methods",
     )
     preset: str | None = setting(
-        None, one_of(*PRESETS, "none"), METHOD, "named settings; METHOD-default if unset"
+        None,
+        choice(lambda: [*PRESETS, "none"], "NAME"),
+        METHOD,
+        "named settings, listed in docs/settings.md; METHOD-default if unset",
     )
     budget: str | int = setting(
         "", entry_count(), METHOD, "entries to train: 100k, or 0.1% of the base"
@@ -197,8 +207,19 @@ class TrainConfig:
         "entry", one_of("entry", "shared"), METHOD, "Adam's step count: per entry, or one for all"
     )
 
-    lr: float = setting(1e-3, learning_rate(), OPTIMIZATION, "learning rate of the entries")
+    lr: float | str = setting(
+        1e-3,
+        learning_rate(),
+        OPTIMIZATION,
+        "learning rate of the entries; auto finds it by a short sweep",
+    )
     head_lr: float = setting(1e-3, real(above=True), OPTIMIZATION, "learning rate of the extras")
+    optimizer: str = setting(
+        "adamw", choice(_optimizers), OPTIMIZATION, "adamw, adamw8bit or one of torch.optim"
+    )
+    optimizer_options: tuple[str, ...] = setting(
+        (), many(option()), OPTIMIZATION, "option of the optimizer, such as momentum=0.9"
+    )
     weight_decay: float = setting(0.0, real(), OPTIMIZATION, "decay of the delta towards the base")
     warmup: float = setting(
         0.0, real(), OPTIMIZATION, "warm-up steps; a share of all steps if below 1"

@@ -58,8 +58,11 @@ def read_file(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def render(config: TrainConfig) -> str:
-    """The settings as a YAML file with their help beside, reusable as CONFIG."""
+def render(config: TrainConfig, notes: Mapping[str, str] | None = None) -> str:
+    """The settings as a YAML file with their help beside, reusable as CONFIG.
+
+    notes: what to say beside a setting in place of its help.
+    """
     lines = ["# deltakit train: the settings of this run, all of them\n"]
     group = ""
     described = describe()
@@ -68,13 +71,16 @@ def render(config: TrainConfig) -> str:
             group = described[name].group
             lines.append(f"\n# {group}\n")
         shown = yaml.safe_dump([value], default_flow_style=True, width=10**9).rstrip()[1:-1]
-        lines.append(f"{name}: {shown}  # {described[name].about}\n")
+        about = (notes or {}).get(name, described[name].about)
+        lines.append(f"{name}: {shown}  # {about}\n")
     return "".join(lines)
 
 
-def write_file(config: TrainConfig, path: str | Path) -> None:
-    """Save the settings atomically."""
-    write_bytes(path, render(config).encode())
+def write_file(
+    config: TrainConfig, path: str | Path, notes: Mapping[str, str] | None = None
+) -> None:
+    """Save the settings atomically; notes: see `render`."""
+    write_bytes(path, render(config, notes).encode())
 
 
 def _preset_name(file: Mapping[str, Any], flags: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from deltakit.training.config import TrainConfig
 from deltakit.training.config_file import read_file, resolve
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_HARMLESS = ("logging_steps", "save_steps")  # may change on resuming: no bit depends on them
+HARMLESS = ("logging_steps", "save_steps")  # may change on resuming: no bit depends on them
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class RunFolder:
             raise OutputExistsError(f"{self.path} is finished; its results are in {self.metrics}")
         before, now = resolve(read_file(self.config), {}).as_dict(), config.as_dict()
         for name, value in now.items():
-            same = value == before[name] or name in (*_HARMLESS, "output_dir")
+            same = value == before[name] or name in (*HARMLESS, "output_dir")
             if not same:
                 raise ConfigError(
                     f"setting {name} was {before[name]!r} when the run started and is {value!r} "

@@ -11,8 +11,12 @@ from dataclasses import dataclass, field
 from math import isfinite, nan
 from typing import Any
 
+import yaml
+
 from deltakit.budget import parse_budget
 from deltakit.errors import ConfigError, DeltakitError, nearest
+
+AUTO = "auto"  # the learning rate that a sweep finds
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +81,47 @@ def real(least: float = 0.0, most: float | None = None, *, above: bool = False) 
 
 
 def learning_rate() -> Kind:
-    """A positive number; `auto` is refused in words of its own."""
+    """A positive number, or `auto`."""
     positive = real(above=True)
 
-    def parse(value: Any) -> float:
-        if value == "auto":
-            raise ValueError("auto is not available in this version; give a number such as 1e-3")
+    def parse(value: Any) -> float | str:
+        if value == AUTO:
+            return AUTO
         rate: float = positive.parse(value)
         return rate
 
-    return Kind(parse, "X")
+    return Kind(parse, "X|auto")
+
+
+def option() -> Kind:
+    """`name=value`, the value in YAML; kept as it was written."""
+
+    def parse(value: Any) -> str:
+        parse_option(value)
+        return str(value)
+
+    return Kind(parse, "NAME=VALUE")
+
+
+def parse_option(value: Any) -> tuple[str, Any]:
+    """Name and value of `name=value`; ValueError for anything else. Lists become tuples."""
+    name, equals, given = str(value).partition("=")
+    if not name.strip().isidentifier() or not equals:
+        raise ValueError("expected name=value")
+    try:
+        read = yaml.safe_load(given)
+    except yaml.YAMLError:
+        raise ValueError("expected a number, text or [list] after the =") from None
+    return name.strip(), _unwritten(read)
+
+
+def _unwritten(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_unwritten(item) for item in value)
+    try:
+        return float(value) if isinstance(value, str) else value  # YAML 1.1 reads 1e-3 as text
+    except ValueError:
+        return value
 
 
 def entry_count() -> Kind:

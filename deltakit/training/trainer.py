@@ -17,10 +17,12 @@ from deltakit.formats.sdelta import save
 from deltakit.selection.methods import Method
 from deltakit.training.calibration import TrainerCalibration
 from deltakit.training.callbacks import BudgetCheckpoints, StopOnSignal
+from deltakit.training.lr_auto import search_rate
+from deltakit.training.lr_search import LrSearch
 from deltakit.training.tuner import SparseTuner
 
 _PASSED = (
-    *("age", "base", "init_delta", "avoid"),
+    *("age", "base", "init_delta", "avoid", "optimizer", "optimizer_options"),
     *("model_id", "revision", "config", "provenance"),
 )
 STATE_FILE = "optimizer.pt"  # the Trainer's own name; it holds the support and values too
@@ -34,9 +36,10 @@ class SparseTrainer(Trainer):
     same bits as never having stopped. `args.learning_rate`, `weight_decay`, `adam_*` and
     `max_grad_norm` are those of the entries; clipping sees chosen entries and extras only.
 
-    method, target, exclude, extras, extras_lr, age, base, init_delta, avoid, model_id, revision,
-    config, provenance: see `SparseTuner`. checkpoint_budgets: when unmasking reaches such a mark,
-    `budget-N.sdelta` is written to `args.output_dir` and evaluated (`budget_results`).
+    method, target, exclude, extras, extras_lr, age, optimizer, optimizer_options, base, init_delta,
+    avoid, model_id, revision, config, provenance: see `SparseTuner`. checkpoint_budgets: when
+    unmasking reaches such a mark, `budget-N.sdelta` is written to `args.output_dir` and evaluated
+    (`budget_results`).
 
     SIGINT and SIGTERM end training after the current step with a checkpoint: `interrupted` is
     then the signal's number and `interrupted_checkpoint` the folder to resume from.
@@ -107,24 +110,57 @@ class SparseTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The tuner's optimizer, made when the number of training steps is known."""
         if self._tuner is None:
-            args = self.args
-            self._tuner = SparseTuner(
-                self.accelerator.unwrap_model(self.model if model is None else model),
-                self.method,
-                lr=args.learning_rate,
-                weight_decay=args.weight_decay,
-                betas=(args.adam_beta1, args.adam_beta2),
-                adam_eps=args.adam_epsilon,
-                max_grad_norm=args.max_grad_norm or None,
-                accumulation_steps=args.gradient_accumulation_steps,
-                total_steps=self.state.max_steps,
-                budget_checkpoints=self.checkpoint_budgets,
-                calibration=None if self.train_dataset is None else TrainerCalibration(self),
-                **self._tuner_options,
-            )
+            inside = self.accelerator.unwrap_model(self.model if model is None else model)
+            marks = self.checkpoint_budgets
+            rate, steps = self.args.learning_rate, self.state.max_steps
+            self._tuner = self.make_tuner(rate, steps, model=inside, budget_checkpoints=marks)
             self.optimizer = self._tuner.optimizer
         assert self.optimizer is not None
         return self.optimizer
+
+    def make_tuner(
+        self,
+        lr: float,
+        total_steps: int,
+        *,
+        method: Method | None = None,
+        model: torch.nn.Module | None = None,
+        **more: Any,
+    ) -> SparseTuner:
+        """A tuner on the model, with the options of this trainer and its arguments."""
+        args = self.args
+        return SparseTuner(
+            self.model if model is None else model,  # type: ignore[arg-type]
+            method or self.method,
+            lr=lr,
+            weight_decay=args.weight_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+            adam_eps=args.adam_epsilon,
+            max_grad_norm=args.max_grad_norm or None,
+            accumulation_steps=args.gradient_accumulation_steps,
+            total_steps=total_steps,
+            calibration=None if self.train_dataset is None else TrainerCalibration(self),
+            **more,
+            **self._tuner_options,
+        )
+
+    def find_lr(self, **options: Any) -> LrSearch:
+        """Sweep for the learning rate as `deltakit.find_lr` does, and take it on for `train`.
+
+        options: steps, held_out, seed and say of `deltakit.find_lr`. The delta's provenance records
+        rate and reason. Raises TrainingError once training has started.
+        """
+        if self._tuner is not None:
+            raise TrainingError("training has started; find the learning rate before that")
+        found = search_rate(self, **options)
+        self.take_on(found.rate, found.reason)
+        return found
+
+    def take_on(self, rate: float, reason: str) -> None:
+        """Train at a rate that a sweep found; the delta's provenance records both."""
+        self.args.learning_rate = rate
+        known = self._tuner_options.get("provenance") or {}
+        self._tuner_options["provenance"] = {**known, "lr": rate, "lr_auto": reason}
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> float:
         return self.tuner.engine.finish_gradients()
