@@ -8,7 +8,16 @@ from typing import Any
 
 import click
 
-from deltakit.cli.options import PATH, force_option, is_quiet, json_option, note, print_json, table
+from deltakit.cli.options import (
+    PATH,
+    Listed,
+    force_option,
+    is_quiet,
+    json_option,
+    note,
+    print_json,
+    table,
+)
 from deltakit.cli.settings_options import given, setting_options
 from deltakit.training.config import describe
 from deltakit.training.config_file import read_file, resolve
@@ -18,15 +27,49 @@ from deltakit.training.config_file import read_file, resolve
 @click.argument("config", type=PATH, required=False)
 @setting_options(describe().items())
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run, to the same bits.")
+@click.option(
+    "--compare",
+    type=Listed(click.STRING),
+    help="Train these methods, presets and peers (full, head, lora, shira) at equal budget.",
+)
+@click.option(
+    "--compare-lr",
+    type=Listed(click.STRING),
+    metavar="NAME=X,...",
+    help="Learning rates of the methods to compare.",
+)
+@click.option(
+    "--seeds",
+    type=Listed(click.INT),
+    default="0,1,2",
+    show_default=True,
+    help="Seeds of the methods to compare.",
+)
 @force_option
 @json_option
-def command(config: Path | None, resume: bool, force: bool, as_json: bool, **flags: Any) -> None:
+def command(
+    config: Path | None,
+    resume: bool,
+    compare: tuple[str, ...] | None,
+    compare_lr: tuple[str, ...] | None,
+    seeds: tuple[int, ...],
+    force: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
     """Fine-tune an exactly budgeted set of a model's weights.
 
     Settings come from the YAML file CONFIG, from flags, or both; flags win. RUN gets delta.sdelta,
     best.sdelta, budget-N.sdelta for every mark, metrics.json, and config.yaml, which is a CONFIG.
+
+    With --compare every method and seed is a run of its own, RUN/METHOD/seed-N; what is finished is
+    not done again, what was interrupted goes on, and RUN gets compare.json, .csv and .png.
     """
-    settings = resolve({} if config is None else read_file(config), given(flags))
+    file = {} if config is None else read_file(config)
+    if compare is not None:
+        _compare(file, given(flags), compare, _rates(compare_lr or ()), seeds, force, as_json)
+        return
+    settings = resolve(file, given(flags))
     from deltakit.training.report import budget_rows, remarks
     from deltakit.training.run import train
 
@@ -42,3 +85,34 @@ def command(config: Path | None, resume: bool, force: bool, as_json: bool, **fla
     click.echo(table(rows, right=range(len(rows[0]) - 1)))
     for line in remarks(outcome.record):
         click.echo(line)
+
+
+def _compare(
+    file: dict[str, Any],
+    flags: dict[str, Any],
+    methods: tuple[str, ...],
+    rates: dict[str, str],
+    seeds: tuple[int, ...],
+    force: bool,
+    as_json: bool,
+) -> None:
+    from deltakit.training.comparison import compare_methods, comparison_table
+
+    found = compare_methods(file, flags, methods, seeds=seeds, rates=rates, force=force, say=note)
+    if as_json:
+        print_json(found)
+    else:
+        rows = comparison_table(found)
+        click.echo(table(rows, right=range(1, len(rows[0]))))
+    if any("error" in run for row in found["methods"] for run in row["runs"]):
+        click.get_current_context().exit(1)
+
+
+def _rates(pairs: tuple[str, ...]) -> dict[str, str]:
+    rates = {}
+    for pair in pairs:
+        name, equals, rate = pair.partition("=")
+        if not (name and equals and rate):
+            raise click.BadParameter(f"expected NAME=RATE, found {pair!r}", param_hint="compare-lr")
+        rates[name] = rate
+    return rates

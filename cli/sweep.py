@@ -1,0 +1,46 @@
+"""`deltakit sweep`: train over a grid of eps and exp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deltakit.cli.options import NUMBERS, PATH, force_option, json_option, note, print_json, table
+from deltakit.cli.settings_options import given, setting_options
+from deltakit.training.config import describe
+from deltakit.training.config_file import read_file
+
+
+@click.command("sweep", short_help="Train over a grid of eps and exp.")
+@click.argument("config", type=PATH, required=False)
+@click.option("--eps", type=NUMBERS, required=True, help="Values of eps, with commas between.")
+@click.option("--exp", type=NUMBERS, required=True, help="Values of exp, with commas between.")
+@setting_options((n, s) for n, s in describe().items() if n not in ("eps", "exp"))
+@force_option
+@json_option
+def command(
+    config: Path | None,
+    eps: tuple[float, ...],
+    exp: tuple[float, ...],
+    force: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Train over a grid of eps and exp.
+
+    Every pair is a run of its own below RUN, with the other settings from CONFIG and flags; finished
+    runs are not done again. RUN gets sweep.json, sweep.csv and sweep.png.
+    """
+    from deltakit.training.sweeps import sweep_d3, sweep_table
+
+    file = {} if config is None else read_file(config)
+    found = sweep_d3(file, given(flags), eps=eps, exp=exp, force=force, say=note)
+    if as_json:
+        print_json(found)
+    else:
+        rows = sweep_table(found)
+        click.echo(table(rows, right=range(len(rows[0]))))
+    if any(point["value"] is None for point in found["points"]):
+        click.get_current_context().exit(1)
