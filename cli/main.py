@@ -29,6 +29,8 @@ class Entry(NamedTuple):
 COMMANDS = {
     "demo": Entry("deltakit.cli.demo", "The whole story on an embedded model, in minutes."),
     "train": Entry("deltakit.cli.train", "Fine-tune an exactly budgeted set of weights."),
+    "sweep": Entry("deltakit.cli.sweep", "Train over a grid of eps and exp."),
+    "lr-find": Entry("deltakit.cli.lr_find", "Find the learning rate by a short sweep."),
     "evaluate": Entry("deltakit.cli.evaluate", "Measure a base with deltas applied."),
     "inspect": Entry("deltakit.cli.inspect", "Show what a delta holds and what it costs."),
     "truncate": Entry("deltakit.cli.truncate", "Keep the best entries of a delta, exactly."),
