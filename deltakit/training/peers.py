@@ -102,11 +102,17 @@ def largest_rank(patient: Patient, kinds: tuple[type, ...]) -> tuple[int, list[s
     return patient.budget // smallest, list(shapes)
 
 
-def train_peer(name: str, config: TrainConfig, say: Say = lambda text: None) -> dict[str, Any]:
+def train_peer(
+    name: str,
+    config: TrainConfig,
+    say: Say = lambda text: None,
+    examine: Callable[[Trainer], Mapping[str, Any]] = lambda trainer: {},
+) -> dict[str, Any]:
     """Train a peer as the settings say and write metrics.json into `config.output_dir`.
 
     config: `lr` is the peer's own rate, `head_lr` that of the head; target and exclude choose its
-    layers; the method is not used. Raises the typed errors of `deltakit.errors`.
+    layers; the method is not used. examine: what else is to be recorded of the trained model.
+    Raises the typed errors of `deltakit.errors`.
     """
     started = time.monotonic()
     folder = RunFolder(Path(config.output_dir))
@@ -157,6 +163,7 @@ def train_peer(name: str, config: TrainConfig, say: Say = lambda text: None) -> 
             "metrics": _metrics(trainer, prepared),
             **_written(folder.path / ADAPTER, model, result, extras),
         },
+        **examine(trainer),
         **cost,
         "seconds": round(time.monotonic() - started, 3),
     }
@@ -219,7 +226,9 @@ def _transposed(patient: Patient) -> bool:
 
 def _peft() -> Any:
     if find_spec("peft") is None:
-        raise ConfigError("lora and shira need the peft library; pip install peft")
+        raise ConfigError(
+            "lora and shira need peft, which is not installed; pip install 'deltakit-sparse[peers]'"
+        )
     import peft
 
     return peft
