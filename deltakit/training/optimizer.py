@@ -128,6 +128,8 @@ def _adamw(
 def _bias(beta: float, age: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor | float:
     if isinstance(age, int):
         return float(1 - beta**age)
-    longest = int(age.max()) if len(age) else 0
+    shortest, longest = (int(age.min()), int(age.max())) if len(age) else (0, 0)
+    if shortest == longest:  # one number for all, rounded as in the table
+        return torch.tensor([1 - beta**longest], dtype=like.dtype, device=like.device)
     table: Sequence[float] = [1 - beta**n for n in range(longest + 1)]
     return torch.tensor(table, dtype=like.dtype, device=like.device)[age]

@@ -18,8 +18,9 @@ from functools import cache
 
 import torch
 
-BUFFER = 2**22  # elements of one transposed block or one gathered chunk: 16 MiB in float32
-TILE = 64  # tokens transposed at once: their lines stay in the cache while they are written
+BUFFER = 2**20  # elements of one transposed block or one gathered chunk: 4 MiB in float32
+KEPT = 2**23  # elements of activations whose transpose may be kept for the next layer
+TILE = 128  # tokens transposed at once: their lines stay in the cache while they are written
 PADDING = 16  # features; without it lines a power of two apart would compete for the same places
 
 
@@ -168,7 +169,7 @@ def _remembered(
 ) -> Iterator[torch.Tensor] | list[torch.Tensor]:
     """The transposed blocks; layers that share their input (query, key, value) share them.
 
-    Kept only while the activations themselves live, and only within the bound of the buffer.
+    Kept only while the activations themselves live.
     """
     global _last
     last = _last
@@ -177,7 +178,7 @@ def _remembered(
         return last.blocks
     _last = None
     blocks = _transposed(activations, block, dtype)
-    if activations.numel() > 2 * BUFFER:
+    if activations.numel() > KEPT:
         return blocks
     kept = list(blocks)
     _last = _Turned(weakref.ref(activations, _forget), version, block, kept)
