@@ -56,7 +56,8 @@ def peer(row: str, given: dict[str, Any], run: Path) -> dict[str, Any]:
     """Train a peer in this process, which does nothing else."""
     from deltakit.training.collate import Examples
     from deltakit.training.config_file import resolve
-    from deltakit.training.peers import RATES, train_peer
+    from deltakit.training.peer_run import train_peer
+    from deltakit.training.peers import RATES
     from deltakit.training.prepare import prepare
 
     rate = given.pop("lr", None) or RATES.get(row, 1e-3)

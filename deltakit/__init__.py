@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from deltakit.analyses import distances as distances
+    from deltakit.analyses import unmasking_history as unmasking_history
     from deltakit.delta import BaseIdentity as BaseIdentity
     from deltakit.delta import Fingerprint as Fingerprint
     from deltakit.delta import SparseDelta as SparseDelta
@@ -55,12 +57,14 @@ _EXPORTS = {
     "applied": "deltakit.live",
     "apply": "deltakit.live",
     "diff": "deltakit.diffing",
+    "distances": "deltakit.analyses",
     "find_lr": "deltakit.training.lr_search",
     "inspect": "deltakit.inspection",
     "load": "deltakit.formats.sdelta",
     "merge": "deltakit.merging",
     "save": "deltakit.formats.sdelta",
     "truncate": "deltakit.truncation",
+    "unmasking_history": "deltakit.analyses",
     "verify": "deltakit.verification",
 }
 

@@ -26,7 +26,8 @@ from deltakit.training.comparison import compare_methods, comparison_table
 from deltakit.training.config import TrainConfig
 from deltakit.training.config_file import resolve, write_file
 from deltakit.training.folder import RunFolder
-from deltakit.training.peers import PEERS, train_peer
+from deltakit.training.peer_run import train_peer
+from deltakit.training.peers import PEERS
 from deltakit.training.prepare import prepare
 from deltakit.training.run import train
 from deltakit.training.sweeps import sweep_d3, sweep_table

@@ -127,7 +127,7 @@ def train_cell(folder: Path) -> None:
     told = json.loads((folder / "cell.json").read_text())
     config = resolve({**told["settings"], "output_dir": str(folder)}, {})
     if told["peer"] is not None:
-        from deltakit.training.peers import train_peer
+        from deltakit.training.peer_run import train_peer
 
         train_peer(told["peer"], config, _tell)
         return
