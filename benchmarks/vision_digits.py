@@ -36,10 +36,10 @@ from deltakit.budget import parse_budget
 SEEDS = (0, 1, 2)
 BATCH, EPOCHS, PRETRAINING_EPOCHS = 32, 15, 20
 RATES = {
-    "head only": (3e-3, 1e-2, 3e-2),
-    "random 1%": (3e-3, 1e-2, 3e-2),
-    "random 0.1%": (1e-2, 3e-2, 1e-1),
-    "random 0.01%": (3e-2, 1e-1, 3e-1),
+    "head only": (3e-2, 1e-1, 3e-1),
+    "random 1%": (1e-2, 3e-2, 1e-1),
+    "random 0.1%": (3e-2, 1e-1, 3e-1),
+    "random 0.01%": (1e-1, 3e-1, 1.0),
     "full": (3e-4, 1e-3, 3e-3),
 }
 Batch = tuple[torch.Tensor, torch.Tensor]
