@@ -124,7 +124,7 @@ def _cell(
     left_out |= {"method", "preset"}
     above = {key: value for key, value in flags.items() if key not in left_out}
     config = resolve(below, {**above, **own})
-    folder = Path(config.output_dir) / name / f"seed-{seed}"
+    folder = Path(config.output_dir) / name.replace(":", "-") / f"seed-{seed}"
     settings = {**config.as_dict(), "output_dir": str(folder)}
     return Cell(f"{name}, seed {seed}", resolve(settings, {}), peer)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,10 +13,13 @@ from deltakit.budget import format_bytes
 from deltakit.formats.atomic import replacing, write_bytes
 from deltakit.training.watch import finite
 
+_NUMBERS = re.compile(r"\[\n([-+.,\w\s]*)\]")  # a list of numbers, which goes on one line
+
 
 def write_metrics(record: Mapping[str, Any], path: Path) -> None:
     """Save metrics.json atomically; numbers that JSON lacks become null."""
     text = json.dumps(finite(record), indent=2, ensure_ascii=False, allow_nan=False)
+    text = _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
     write_bytes(path, f"{text}\n".encode())
 
 
