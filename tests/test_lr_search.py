@@ -78,7 +78,6 @@ def _find(model: nn.Module, method: Method, total: int = 24, **options: Any) -> 
         lambda rate, steps: _tuner(model, method, rate, steps),
         Batches(_batches(), _loss),
         total_steps=total,
-        density=0.5,
         **options,
     )
 
@@ -218,8 +217,8 @@ def test_the_rate_is_the_measured_one_for_the_length_of_the_run() -> None:
     assert longer.trials == short.trials
     assert longer.rate == pytest.approx(chosen / 2, rel=1e-2)
     assert f"= {chosen:.2e} x sqrt(24/96 steps)" in longer.reason
-    with pytest.raises(ConfigError, match="density in"):
-        dk.find_lr(lambda rate, steps: None, None, total_steps=5, density=2.0)  # type: ignore
+    with pytest.raises(ConfigError, match="at least 1, found 0"):
+        dk.find_lr(lambda rate, steps: None, None, total_steps=0)  # type: ignore
 
 
 def test_methods_shrink_with_the_trial() -> None:

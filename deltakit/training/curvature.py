@@ -94,8 +94,8 @@ class SupportHessian:
         before = [p.view(-1)[i].clone() for p, i in self._places()]
         size = torch.cat([b.to(self.like) for b in before]).square().mean().sqrt().item() or 1.0
         step = _DIFFERENCE * size * self.size**0.5 / float(vector.norm())
-        parts = vector.split([len(b) for b in before])
-        sides = []
+        parts = torch.split(vector, [len(b) for b in before])
+        sides: list[torch.Tensor] = []
         try:
             for sign in (step, -step):
                 for (p, i), b, part in zip(self._places(), before, parts, strict=True):
@@ -105,14 +105,16 @@ class SupportHessian:
         finally:
             for (p, i), b in zip(self._places(), before, strict=True):
                 p.view(-1)[i] = b
-        return (sides[0] - sides[1]) / (2 * step)
+        product: torch.Tensor = (sides[0] - sides[1]) / (2 * step)
+        return product
 
     def _gradients(self, *, create_graph: bool) -> Sequence[torch.Tensor]:
         # Fused attention has no second derivative; its plain form has.
         with sdpa_kernel(SDPBackend.MATH):
-            return torch.autograd.grad(
+            gradients: Sequence[torch.Tensor] = torch.autograd.grad(
                 self._loss(), self._parameters, create_graph=create_graph, materialize_grads=True
             )
+        return gradients
 
     def _gathered(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         parts = zip(gradients, self._indices, strict=True)

@@ -27,13 +27,10 @@ def search_rate(trainer: SparseTrainer, **options: Any) -> LrSearch:
         method = compressed(trainer.method, steps / total)
         return trainer.make_tuner(rate, steps, method=method)
 
-    model: Any = trainer.model
-    weights = sum(parameter.numel() for parameter in model.parameters())
     return find_lr(
         make_tuner,
         TrainerCalibration(trainer),
         total_steps=total,
-        density=trainer.method.budget / weights,
         accumulation_steps=trainer.args.gradient_accumulation_steps,
         **options,
     )

@@ -64,6 +64,13 @@ def run_trial(
     return Trial(rate, tuple(losses), measured if finite else ()), support
 
 
+def density_of(make_tuner: MakeTuner, steps: int) -> float:
+    """Entries of the budget over weights of the model."""
+    tuner = make_tuner(1.0, steps)
+    with _undone(tuner):
+        return tuner.budget / sum(parameter.numel() for parameter in tuner.model.parameters())
+
+
 def _train(tuner: SparseTuner, steps: Sequence[Sequence[Any]], loss: Loss) -> list[float]:
     """The training loss of each step; fewer than `steps` where it diverged."""
     rates = [group["lr"] for group in tuner.optimizer.param_groups]

@@ -40,7 +40,7 @@ def make_optimizer(
     options: go to it. adamw: betas, eps and age, for "adamw" only, unless `options` overrule them.
     Raises ConfigError for unknown names and for what cannot drive entries.
     """
-    rates = {"lr": lr, "extras_lr": extras_lr, "weight_decay": weight_decay}
+    rates: dict[str, Any] = {"lr": lr, "extras_lr": extras_lr, "weight_decay": weight_decay}
     if optimizer == "adamw":
         unknown = sorted(set(options or {}) - set(adamw))
         if unknown:
