@@ -22,13 +22,14 @@ from deltakit.errors import BudgetError, ConfigError, OutputExistsError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.training.build import Deltas, build_trainer
 from deltakit.training.cells import Cell, run_cells, train_cell
-from deltakit.training.comparison import compare_methods, comparison_table
+from deltakit.training.comparison import compare_methods, comparison_table, method_cell
 from deltakit.training.config import TrainConfig
 from deltakit.training.config_file import resolve, write_file
 from deltakit.training.folder import RunFolder
 from deltakit.training.peer_run import train_peer
-from deltakit.training.peers import PEERS
+from deltakit.training.peers import PEERS, RATES
 from deltakit.training.prepare import prepare
+from deltakit.training.presets import PRESETS
 from deltakit.training.run import train
 from deltakit.training.sweeps import sweep_d3, sweep_table
 
@@ -114,6 +115,33 @@ def test_comparison_from_end_to_end(
 
     with pytest.raises(OutputExistsError, match=r"another head_lr .*or --force to replace it"):
         compare_methods({**settings, "head_lr": 0.5}, {}, ["random"], seeds=[0])
+
+
+def test_settings_go_to_the_methods_that_take_them(tmp_path: Path) -> None:
+    """Each method stands on its own preset, and rates are its own."""
+    file = _settings(tmp_path, tmp_path, tmp_path, method="id3", exp=1.0, lr=0.05, budget="1k")
+    file |= {"checkpoint_budgets": [10], "early_stopping_patience": 2, "weight_decay": 0.1}
+
+    def config(name: str, rate: Any = None, **flags: Any) -> TrainConfig:
+        cell = method_cell(name, 3, file, flags, rate)
+        assert cell.folder == tmp_path / name / "seed-3"
+        assert (cell.peer is not None) == (name in PEERS.names())
+        shared = ("seed", "weight_decay", "checkpoint_budgets", "early_stopping_patience", "budget")
+        assert [getattr(cell.config, key) for key in shared] == [3, 0.1, (), None, "1k"]
+        return cell.config
+
+    own = config("id3")
+    assert (own.exp, own.lr, own.preset) == (1.0, 0.05, "id3-default")
+    assert config("id3", "2e-3").lr == 2e-3
+    mask = config("random", eps=2.0)
+    assert (mask.lr, mask.preset) == (PRESETS["random-default"]["lr"], "random-default")
+    paper = config("id3-paper-best")
+    assert (paper.exp, paper.eps, paper.age, paper.method) == (-1.0, 0.5, "shared", "id3")
+    assert config("static", eps=2.0).eps == 2.0
+    assert config("full").lr == RATES["full"]
+    assert config("lora", lr="auto").lr == RATES["lora"]
+    assert config("random", lr="auto").lr == "auto"
+    assert config("head", 0.3).head_lr == 0.3
 
 
 class _StopAt(TrainerCallback):

@@ -22,6 +22,7 @@ from deltakit.training.config_file import resolve
 from deltakit.training.peers import PEERS, RATES
 from deltakit.training.prepare import Say
 from deltakit.training.presets import PRESETS
+from deltakit.training.settings import AUTO
 from deltakit.training.watch import finite
 
 # What only some methods have, or would let runs differ in more than their method.
@@ -48,16 +49,10 @@ def compare_methods(
     compare.json. Raises ConfigError and OutputExistsError before anything is run.
     """
     given = dict(rates or {})
-    known = [*PEERS.names(), *METHODS.names(), *PRESETS]
-    for name in [*methods, *given]:
-        if name not in known or name not in methods:
-            hint = nearest(name, known if name not in known else list(methods))
-            raise ConfigError(f"compare: {name!r} is none of the methods to compare{hint}")
-    if len(set(methods)) < len(methods) or len(set(seeds)) < len(seeds) or not seeds:
-        raise ConfigError("compare: expected every method and every seed once")
-    if flags.get("lr", "auto") != "auto":
-        raise ConfigError(f"compare: one lr for all methods; use --compare-lr {methods[0]}=...")
-    cells = [_cell(name, seed, file, flags, given.get(name)) for name in methods for seed in seeds]
+    _check(methods, seeds, given, flags)
+    cells = [
+        method_cell(name, seed, file, flags, given.get(name)) for name in methods for seed in seeds
+    ]
     config = cells[0].config
     if config.eval_strategy == "no":
         raise ConfigError("compare: eval_strategy is no, so that there is nothing to compare")
@@ -85,27 +80,13 @@ def compare_methods(
     return found
 
 
-def comparison_table(found: Mapping[str, Any]) -> list[list[str]]:
-    """One row per method under a heading: mean ± standard deviation over seeds, and costs.
-
-    found: as in compare.json. All columns but the first are numbers.
-    """
-    rows = [["method", "trained", str(found["metric"]), "seconds", "peak memory", "file"]]
-    for row in found["methods"]:
-        mean, deviation = row["mean"], row["deviation"]
-        shown = "failed" if mean is None else f"{mean:.4f}"
-        shown += "" if deviation is None else f" ± {deviation:.4f}"
-        trained = "" if row["trained"] is None else f"{row['trained']:,}"
-        seconds = "" if row["train_seconds"] is None else f"{row['train_seconds']:.1f}"
-        sizes = [_size(row[name]) for name in ("peak_bytes_above_model", "bytes")]
-        rows.append([row["method"], trained, shown, seconds, *sizes])
-    return rows
-
-
-def _cell(
+def method_cell(
     name: str, seed: int, file: Mapping[str, Any], flags: Mapping[str, Any], rate: Any
 ) -> Cell:
-    """The run of one method with one seed."""
+    """The run of one method, preset or peer with one seed; see `compare_methods`.
+
+    What the file says of its own method's settings is left to that method.
+    """
     peer = name if name in PEERS.names() else None
     own: dict[str, Any] = {"seed": seed}
     if peer:  # the targets of a random mask; the rest of the method is not used
@@ -127,6 +108,37 @@ def _cell(
     folder = Path(config.output_dir) / name.replace(":", "-") / f"seed-{seed}"
     settings = {**config.as_dict(), "output_dir": str(folder)}
     return Cell(f"{name}, seed {seed}", resolve(settings, {}), peer)
+
+
+def comparison_table(found: Mapping[str, Any]) -> list[list[str]]:
+    """One row per method under a heading: mean ± standard deviation over seeds, and costs.
+
+    found: as in compare.json. All columns but the first are numbers.
+    """
+    rows = [["method", "trained", str(found["metric"]), "seconds", "peak memory", "file"]]
+    for row in found["methods"]:
+        mean, deviation = row["mean"], row["deviation"]
+        shown = "failed" if mean is None else f"{mean:.4f}"
+        shown += "" if deviation is None else f" ± {deviation:.4f}"
+        trained = "" if row["trained"] is None else f"{row['trained']:,}"
+        seconds = "" if row["train_seconds"] is None else f"{row['train_seconds']:.1f}"
+        sizes = [_size(row[name]) for name in ("peak_bytes_above_model", "bytes")]
+        rows.append([row["method"], trained, shown, seconds, *sizes])
+    return rows
+
+
+def _check(
+    methods: Sequence[str], seeds: Sequence[int], rates: Mapping[str, Any], flags: Mapping[str, Any]
+) -> None:
+    known = [*PEERS.names(), *METHODS.names(), *PRESETS]
+    for name in [*methods, *rates]:
+        if name not in known or name not in methods:
+            hint = nearest(name, known if name not in known else list(methods))
+            raise ConfigError(f"compare: {name!r} is none of the methods to compare{hint}")
+    if any(not given or len(set(given)) < len(given) for given in (methods, seeds)):
+        raise ConfigError("compare: expected every method and every seed once, and one at least")
+    if flags.get("lr", AUTO) != AUTO:
+        raise ConfigError(f"compare: one lr for all methods; use --compare-lr {methods[0]}=...")
 
 
 def _row(name: str, seeds: Sequence[int], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
