@@ -23,7 +23,10 @@ from deltakit.cli.main import main
 from deltakit.errors import ConfigError, TrainingError
 from deltakit.selection.methods import Method
 from deltakit.training.calibration import Batches
+from deltakit.training.config_file import read_file, resolve
+from deltakit.training.folder import RunFolder
 from deltakit.training.lr_auto import compressed
+from deltakit.training.lr_run import known_rate
 from deltakit.training.lr_search import LrSearch, choose, walk
 from deltakit.training.lr_trial import Trial, run_trial
 
@@ -36,7 +39,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Net(nn.Module):
-    """Dropout draws random numbers, BatchNorm keeps buffers: whatever a trial could leave behind."""
+    """Dropout draws random numbers, BatchNorm keeps buffers: all that a trial could leave."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -274,6 +277,14 @@ def test_a_run_records_the_rate_and_where_it_came_from(run: Path) -> None:
     text = (run / "config.yaml").read_text()
     assert f"lr: {found['rate']}  # found by auto, see lr.json\n" in text
     assert yaml.safe_load(text)["optimizer_options"] == ["momentum=0.5"]
+
+
+def test_a_resumed_run_keeps_the_rate_that_was_found(run: Path) -> None:
+    """Asked for auto again it sweeps no more, and its saved settings agree."""
+    saved = resolve(read_file(run / "config.yaml"), {})
+    asked = resolve(read_file(run / "config.yaml"), {"lr": "auto"})
+    assert asked.lr == "auto"
+    assert known_rate(asked, RunFolder(run)) == saved == known_rate(saved, RunFolder(run))
 
 
 def test_the_saved_settings_repeat_the_run_without_a_sweep(run: Path, tmp_path: Path) -> None:

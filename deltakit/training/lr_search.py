@@ -39,7 +39,7 @@ class LrSearch:
     support: Support
 
     def rows(self) -> list[list[str]]:
-        """Rate, mean training loss of a trial's last quarter, and held-out loss; a heading first."""
+        """Rate, mean training loss of the last quarter, held-out loss; a heading first."""
         rows = [["rate", "training loss", "held-out loss"]]
         for trial in self.trials:
             end = trial.losses[-max(1, len(trial.losses) // 4) :]

@@ -1,4 +1,4 @@
-"""One short trial of a learning rate, which leaves the model and all random numbers as they were."""
+"""One short trial of a learning rate, which leaves model and random numbers as they were."""
 
 from __future__ import annotations
 
