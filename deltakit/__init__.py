@@ -27,11 +27,18 @@ if TYPE_CHECKING:
     from deltakit.live import apply as apply
     from deltakit.merging import merge as merge
     from deltakit.selection import ID3 as ID3
+    from deltakit.selection import BernoulliMask as BernoulliMask
+    from deltakit.selection import BlockMask as BlockMask
+    from deltakit.selection import ColumnMask as ColumnMask
     from deltakit.selection import DropAndGrow as DropAndGrow
+    from deltakit.selection import HeadMask as HeadMask
     from deltakit.selection import Increment as Increment
+    from deltakit.selection import NMMask as NMMask
     from deltakit.selection import RandomMask as RandomMask
     from deltakit.selection import Repeat as Repeat
+    from deltakit.selection import RowMask as RowMask
     from deltakit.selection import Static as Static
+    from deltakit.selection import UserMask as UserMask
     from deltakit.training.calibration import Batches as Batches
     from deltakit.training.lr_search import find_lr as find_lr
     from deltakit.training.trainer import SparseTrainer as SparseTrainer
@@ -42,18 +49,25 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "BaseIdentity": "deltakit.delta",
     "Batches": "deltakit.training.calibration",
+    "BernoulliMask": "deltakit.selection",
+    "BlockMask": "deltakit.selection",
+    "ColumnMask": "deltakit.selection",
     "DeltakitError": "deltakit.errors",
     "DropAndGrow": "deltakit.selection",
     "Fingerprint": "deltakit.delta",
+    "HeadMask": "deltakit.selection",
     "ID3": "deltakit.selection",
     "Increment": "deltakit.selection",
+    "NMMask": "deltakit.selection",
     "RandomMask": "deltakit.selection",
     "Repeat": "deltakit.selection",
+    "RowMask": "deltakit.selection",
     "SparseDelta": "deltakit.delta",
     "SparseTrainer": "deltakit.training.trainer",
     "SparseTuner": "deltakit.training.tuner",
     "Static": "deltakit.selection",
     "TensorDelta": "deltakit.delta",
+    "UserMask": "deltakit.selection",
     "applied": "deltakit.live",
     "apply": "deltakit.live",
     "diff": "deltakit.diffing",

@@ -34,7 +34,7 @@ class BudgetCheckpoints(TrainerCallback):
         trainer = self.trainer
         done = {row["budget"] for row in trainer.budget_results}
         for mark in trainer.checkpoint_budgets:
-            if mark == trainer.tuner.unmasked and mark < trainer.method.budget and mark not in done:
+            if mark == trainer.tuner.unmasked and mark < trainer.tuner.budget and mark not in done:
                 save(trainer.delta(), trainer.budget_path(mark))
                 trainer.log({"budget_entries": float(mark), **self._evaluate()})
 

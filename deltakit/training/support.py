@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.errors import ConfigError, CoordinateError, nearest
-from deltakit.selection.methods import Chosen
+from deltakit.selection.methods import Chosen, Scene
 from deltakit.training.arrays import to_torch
 from deltakit.training.engine import Extra
 from deltakit.training.entries import Entries, Target
@@ -27,6 +28,15 @@ def keep_clear(targets: Sequence[Target], avoid: Sequence[SparseDelta]) -> None:
         if len(supports) > 1:
             together = np.unique(np.concatenate(supports))
             target.forbidden = torch.from_numpy(together).to(target.parameter.device)
+
+
+def continued(scene: Scene, targets: Sequence[Target], delta: SparseDelta | None) -> Scene:
+    """The scene as it will be once `continue_from` has taken the delta's entries."""
+    if delta is None:
+        return scene
+    taken = {n: torch.from_numpy(tensor.indices) for n, tensor in delta.tensors.items()}
+    ahead = [replace(t, indices=taken.get(t.name, t.indices)) for t in targets]
+    return replace(scene, targets=ahead, taken=delta.nnz)
 
 
 def continue_from(delta: SparseDelta, entries: Entries, extras: Sequence[Extra]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError, TrainingError
 from deltakit.formats.checkpoint import Checkpoint
+from deltakit.selection.fixed import Unresolved, resolved
 from deltakit.selection.methods import Method
 from deltakit.selection.scene import Calibration, Scene
 from deltakit.training.any_optimizer import Factory
@@ -28,7 +30,7 @@ from deltakit.training.gradient_path import GradientPath
 from deltakit.training.live_identity import LiveIdentity
 from deltakit.training.optimizer import Age
 from deltakit.training.optimizer_choice import make_optimizer
-from deltakit.training.support import continue_from, enter, keep_clear
+from deltakit.training.support import continue_from, continued, enter, keep_clear
 from deltakit.training.targets import choose_targets
 
 
@@ -61,7 +63,7 @@ class SparseTuner:
     def __init__(
         self,
         model: torch.nn.Module,
-        method: Method,
+        method: Method | Unresolved,
         *,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
@@ -90,7 +92,7 @@ class SparseTuner:
         _refuse_several_processes()
         if accumulation_steps < 1:
             raise ConfigError(f"accumulation_steps must be at least 1, found {accumulation_steps}")
-        self.model, self.method = model, method
+        self.model = model
         self.checkpoint = _open(base) or find_checkpoint(model)
         names = checkpoint_names(model, self.checkpoint)
         stored = checkpoint_names(model, self.checkpoint, buffers=True)
@@ -99,22 +101,22 @@ class SparseTuner:
         self._requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
         self._identity = LiveIdentity(model, targets, self.checkpoint, model_id, revision)
         keep_clear(targets, avoid)
-        entries = Entries(targets, method.budget)
         live = dict(model.named_parameters())
         kept = [make_extra(names[n] or n, live[n]) for n in extra_names]
-        if init_delta is not None:
-            self._identity.check(init_delta)
-            continue_from(init_delta, entries, kept)
         scene = Scene(
             targets=targets,
-            taken=entries.count,
             total_steps=total_steps,
             marks=budget_checkpoints,
             extras=[extra.parameter for extra in kept],
             model=model,
             calibration=calibration,
         )
-        start = method.start(scene)
+        self.method = resolved(method, continued(scene, targets, init_delta))
+        entries = Entries(targets, self.method.budget)
+        if init_delta is not None:
+            self._identity.check(init_delta)
+            continue_from(init_delta, entries, kept)
+        start = self.method.start(replace(scene, taken=entries.count))
         enter(start.support, entries)
         for name, parameter in live.items():
             parameter.requires_grad_(name in set(extra_names))
