@@ -220,6 +220,20 @@ def test_adapters_on_transposed_layers(tmp_path: Path, colours: Path) -> None:
     assert record["budget"]["reached"] == 1000 // one * one
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("name", ["lora", "shira"])
+def test_adapters_in_bfloat16_below_the_size_of_a_layer(
+    name: str, bert: Path, colours: Path, tmp_path: Path
+) -> None:
+    """Adapters stay in float32, and no budget makes one larger than its layer."""
+    settings = _settings(bert, colours, tmp_path, budget=4000, dtype="bfloat16", lr=1e-2)
+    record = train_peer(name, resolve(settings, {}))
+    assert record["budget"]["reached"] == 16 * 16 // (16 + 16) * RANK_ONE
+    stored = load_file(tmp_path / "adapter.safetensors")
+    kinds = {t.dtype for n, t in stored.items() if t.is_floating_point() and "classifier" not in n}
+    assert kinds == {torch.float32}
+
+
 def test_adapters_above_the_budget_are_refused(bert: Path, colours: Path, tmp_path: Path) -> None:
     """Rank 1 is the least."""
     config = resolve(_settings(bert, colours, tmp_path, budget=RANK_ONE - 1), {})

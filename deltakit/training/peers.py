@@ -65,8 +65,9 @@ def shira(subject: Subject) -> Result:
 def largest_rank(subject: Subject, kinds: tuple[Any, ...]) -> tuple[int, list[str]]:
     """The rank whose number of weights is nearest to the budget and not above it, and the layers.
 
-    An adapter of rank r has r * (rows + columns) weights per layer. kinds: classes of layers that
-    it can be put on. Raises BudgetError where even rank 1 is above, ConfigError without layers.
+    An adapter of rank r has r * (rows + columns) weights per layer, never more than the smallest
+    layer itself. kinds: classes of layers that it can be put on. Raises BudgetError where even rank
+    1 is above, ConfigError without layers.
     """
     shapes = {n: m.weight.shape for n, m in subject.layers.items() if isinstance(m, kinds)}
     smallest = sum(rows + columns for rows, columns in shapes.values())
@@ -77,7 +78,8 @@ def largest_rank(subject: Subject, kinds: tuple[Any, ...]) -> tuple[int, list[st
             f"adapters of rank 1 on the {len(shapes)} targeted layers have {smallest:,} "
             f"weights, above the budget of {subject.budget:,}; raise it or narrow the target"
         )
-    return subject.budget // smallest, list(shapes)
+    sensible = min(rows * columns // (rows + columns) for rows, columns in shapes.values())
+    return min(subject.budget // smallest, max(1, sensible)), list(shapes)
 
 
 def _transposed(subject: Subject) -> bool:
@@ -99,4 +101,7 @@ def _injected(model: torch.nn.Module, config: Any) -> Result:
     """Put adapters into a model, whose own class stays, and freeze the rest."""
     peft = _peft()
     peft.inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # as peft.get_peft_model has it for models in half precision
+            parameter.data = parameter.data.float()
     return lambda: dict(peft.get_peft_model_state_dict(model, save_embedding_layers=False))

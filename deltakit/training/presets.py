@@ -26,6 +26,13 @@ EARLY = {**SPREAD, "precondition": "factored", "unmask_fraction": 0.1}  # late e
 DEFAULTS: dict[str, dict[str, Any]] = {  # method -> settings
     "id3": _default(2e-2, **EARLY, schedule="uniform", eps=1.0, exp=0.0),
     "random": _default(2e-2),
+    "bernoulli": _default(2e-2),
+    "columns": _default(1e-2, target=["all-linear"]),
+    "rows": _default(1e-2, target=["all-linear"]),
+    "blocks": _default(1e-2, target=["all-linear"]),
+    "heads": _default(1e-2, target=["attention"]),
+    "n:m": _default(1e-2),
+    "mask": _default(1e-2),
     "static": _default(1e-2, **SPREAD),
     "increment": _default(2e-2, **EARLY),
     "repeat": _default(1e-2, **SPREAD),

@@ -18,6 +18,7 @@ from deltakit.selection.schedules import SCHEDULES
 from deltakit.training.config import METHOD_SETTINGS, REQUIRED, TrainConfig, describe
 from deltakit.training.peers import PEERS
 from deltakit.training.presets import PRESETS
+from deltakit.training.target_presets import TARGET_PRESETS
 
 
 def settings_markdown() -> str:
@@ -39,6 +40,7 @@ def settings_markdown() -> str:
     schedules = ((r.name, r.summary, r.source) for r in SCHEDULES)
     lines += _table("Schedules", ("schedule", "unmasks", "source"), schedules)
     lines += _table("Allocations", ("allocation", "shares the budget"), ALLOCATIONS.items())
+    lines += _table("Target presets", ("pattern", "stands for"), TARGET_PRESETS.items())
     peers = ((r.name, r.summary, r.source) for r in PEERS)
     lines += _table("Peers of `--compare`", ("peer", "trains", "source"), peers)
     lines += ["", "## Presets", ""]
