@@ -5,7 +5,8 @@ All three functions return one number per entry, in row-major order of the entri
 sum over tokens n of left[n, r] * right[n, c], where left and right are the layer's activations and
 the gradient of its outputs, or the other way round: a sampled dense-dense product (SDDMM).
 
-The first two are registered operators, opaque to `torch.compile`, so that models compile whole.
+The first two are registered operators where a model is compiled, opaque to `torch.compile`, so
+that models compile whole; elsewhere the functions behind them are called, which is quicker.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import torch
 BUFFER = 2**20  # elements of one transposed block or one gathered chunk: 4 MiB in float32
 KEPT = 2**23  # elements of activations whose transpose may be kept for the next layer
 TILE = 128  # tokens transposed at once: their lines stay in the cache while they are written
+NARROW = 1024  # features whose tile stays in the cache as it is
 PADDING = 16  # features; without it lines a power of two apart would compete for the same places
 
 
-@torch.library.custom_op("deltakit::sampled_product", mutates_args=())
 def sampled_product(
     activations: torch.Tensor,
     gradient: torch.Tensor,
@@ -40,6 +41,11 @@ def sampled_product(
     int32 [nnz], the entries in compressed sparse row form. Tokens are taken in blocks, so that
     buffers stay bounded; sums are in the dtype of the result.
     """
+    if _is_traced(gradient):
+        traced: torch.Tensor = _sampled_product(
+            activations, gradient, starts, columns, activations_left=activations_left
+        )
+        return traced
     dtype = _sum_dtype(gradient)
     total = torch.zeros(len(columns), dtype=dtype, device=gradient.device)
     block = _block_length(max(activations.shape[-1], gradient.shape[-1]))
@@ -50,7 +56,16 @@ def sampled_product(
     return total
 
 
-@sampled_product.register_fake
+def _is_traced(gradient: torch.Tensor) -> bool:
+    return torch.compiler.is_compiling() or type(gradient) is not torch.Tensor
+
+
+_sampled_product = torch.library.custom_op("deltakit::sampled_product", mutates_args=())(
+    sampled_product
+)
+
+
+@_sampled_product.register_fake
 def _(
     activations: torch.Tensor,
     gradient: torch.Tensor,
@@ -62,7 +77,6 @@ def _(
     return gradient.new_empty(columns.shape, dtype=_sum_dtype(gradient))
 
 
-@torch.library.custom_op("deltakit::sampled_embedding", mutates_args=())
 def sampled_embedding(
     tokens: torch.Tensor,
     gradient: torch.Tensor,
@@ -76,6 +90,11 @@ def sampled_embedding(
     tokens: int [...], the rows looked up. gradient: [..., features]. starts, columns: as above.
     widest: entries of the fullest row. padding: the row that learns nothing, or -1.
     """
+    if _is_traced(gradient):
+        traced: torch.Tensor = _sampled_embedding(
+            tokens, gradient, starts, columns, widest, padding
+        )
+        return traced
     total = torch.zeros(len(columns), dtype=_sum_dtype(gradient), device=gradient.device)
     rows, wanted = tokens.reshape(-1).long(), gradient.reshape(-1, gradient.shape[-1])
     length = max(1, BUFFER // max(1, 4 * widest))
@@ -93,7 +112,12 @@ def sampled_embedding(
     return total
 
 
-@sampled_embedding.register_fake
+_sampled_embedding = torch.library.custom_op("deltakit::sampled_embedding", mutates_args=())(
+    sampled_embedding
+)
+
+
+@_sampled_embedding.register_fake
 def _(
     tokens: torch.Tensor,
     gradient: torch.Tensor,
@@ -142,13 +166,26 @@ def _block_length(features: int) -> int:
 def _transposed(tokens: torch.Tensor, block: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """[..., features] as contiguous [features, at most `block`], one block of tokens at a time."""
     features = tokens.shape[-1]
-    tile = torch.empty(TILE, features + PADDING, dtype=tokens.dtype, device=tokens.device)
-    tile = tile[:, :features]
     for part in torch.split(tokens.reshape(-1, features), block):
         turned = torch.empty(features, len(part), dtype=dtype, device=part.device)
-        for rows, to in zip(torch.split(part, TILE), torch.split(turned, TILE, 1), strict=True):
-            to.copy_(tile[: len(rows)].copy_(rows).t())
+        if part.device.type == "cpu" and part.dtype == dtype and features <= NARROW:
+            _turn_narrow(part, turned)
+        else:
+            _turn(part, turned)
         yield turned
+
+
+def _turn(part: torch.Tensor, turned: torch.Tensor) -> None:
+    tile = part.new_empty(TILE, part.shape[1] + PADDING)[:, : part.shape[1]]
+    for rows, to in zip(torch.split(part, TILE), torch.split(turned, TILE, 1), strict=True):
+        to.copy_(tile[: len(rows)].copy_(rows).t())
+
+
+def _turn_narrow(part: torch.Tensor, turned: torch.Tensor) -> None:
+    """The same by NumPy, whose calls cost less than torch's."""
+    source, target = part.detach().numpy(), turned.numpy()
+    for start in range(0, len(source), TILE):
+        target[:, start : start + TILE] = source[start : start + TILE].T
 
 
 @dataclass(frozen=True, eq=False)
