@@ -17,6 +17,8 @@ import deltakit as dk
 from deltakit.errors import BudgetError, ConfigError, CoordinateError
 from deltakit.selection.bernoulli_mask import successes
 from deltakit.selection.methods import Method
+from deltakit.selection.recipe import make_method
+from deltakit.training.config_file import resolve
 
 SEEDED: dict[str, Callable[..., Any]] = {
     "random": dk.RandomMask,
@@ -122,9 +124,12 @@ def test_the_budget_of_a_bernoulli_mask_is_what_was_drawn() -> None:
     assert abs(delta.nnz - total / 10) < 5 * np.sqrt(total * 0.09)
     expected = dk.BernoulliMask(budget=total // 10, seed=1)
     assert abs(dk.SparseTuner(_net(), expected).budget - total / 10) < 5 * np.sqrt(total * 0.09)
-    for options in ({}, {"probability": 0.0}, {"probability": 1.1}):
-        with pytest.raises(ConfigError, match="probability"):
-            dk.BernoulliMask(**options)
+    for p in (0.0, 1.1):
+        with pytest.raises(ConfigError, match=r"probability must be in \(0, 1\]"):
+            dk.BernoulliMask(probability=p)
+    for both in ({}, {"probability": 0.1, "budget": 5}):
+        with pytest.raises(ConfigError, match="either budget= or probability="):
+            dk.BernoulliMask(**both)
     with pytest.raises(BudgetError, match="draws none of"):
         dk.SparseTuner(_net(), dk.BernoulliMask(probability=1e-12))
 
@@ -341,6 +346,35 @@ def test_user_masks_name_what_is_wrong() -> None:
         start({"a.weight": right}, avoid=[_delta(model, dk.UserMask(mask={"a.weight": right}))])
 
 
+@pytest.mark.parametrize("name", ["bernoulli", "heads", "mask"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_only_chosen_entries_move(name: str, kind: str) -> None:
+    """Of masks that need a budget, model or mask of their own; `test_tuner` trains the others."""
+    model = {"gpt2": _gpt2, "llama": _llama}[kind]().eval()
+    method: Any = {
+        "bernoulli": dk.BernoulliMask(probability=0.3),
+        "heads": dk.HeadMask(budget=150),
+        "mask": dk.UserMask(
+            mask=lambda n, w: w.abs() > 0.02 if "mlp" in n and w.ndim > 1 else None
+        ),
+    }[name]
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    tuner = dk.SparseTuner(model, method, lr=1e-2)
+    for step in range(3):
+        tokens = torch.arange(step, step + 8).reshape(1, 8)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        tuner.step()
+    delta = tuner.delta()
+    assert delta.nnz == tuner.budget == tuner.unmasked > 100
+    moved = 0
+    for parameter, weight in model.named_parameters():
+        changed = (weight != before[parameter]).flatten().nonzero().flatten().tolist()
+        moved += len(changed)
+        tensor = delta.tensors.get(parameter)
+        assert set(changed) <= set([] if tensor is None else tensor.indices.tolist())
+    assert moved > delta.nnz / 5
+
+
 @pytest.mark.parametrize("name", [*EXACT, "mask"])
 def test_masks_have_no_budget_checkpoints(name: str) -> None:
     model = _net()
@@ -363,3 +397,27 @@ def test_masks_have_no_budget_checkpoints(name: str) -> None:
 def test_what_is_no_mask_is_refused(make: Callable[[], Method], message: str) -> None:
     with pytest.raises((BudgetError, ConfigError), match=message):
         make()
+
+
+def test_settings_reach_the_masks() -> None:
+    """By their names on the command line; a mask's own seed wins over the run's."""
+    needed = {"model": "m", "data": "d", "task": "causal-lm", "budget": 40, "output_dir": "o"}
+
+    def made(**settings: Any) -> Method:
+        config = resolve({}, {**needed, **settings})
+        return make_method(config.method, 40, config.method_settings())
+
+    assert made(method="rows", order="last", seed=3) == dk.RowMask(budget=40, order="last", seed=3)
+    assert made(method="blocks", block_size="8") == dk.BlockMask(budget=40, block_size=8)
+    chosen = made(method="n:m", n=1, m=8, pick="largest", seed=3, mask_seed=5)
+    assert chosen == dk.NMMask(budget=40, n=1, m=8, pick="largest", seed=5)
+    assert made(method="mask", mask="a.sdelta") == dk.UserMask(mask="a.sdelta", budget=40)
+    with pytest.raises(ConfigError, match="block_size does not apply to method rows"):
+        made(method="rows", block_size=8)
+    with pytest.raises(ConfigError, match="mask_seed does not apply to method mask"):
+        made(method="mask", mask="a.sdelta", mask_seed=8)
+    allocations = ["uniform", "attention=0.5,mlp=0.5", {"attention": 0.5, "mlp": 0.5}]
+    for allocation in allocations:
+        assert made(method="static", allocation=allocation).allocation == allocation  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"shares must sum to 1, found 0\.7"):
+        made(method="static", allocation="attention=0.5,mlp=0.2")

@@ -27,6 +27,10 @@ METHODS: list[Callable[[int], Method]] = [
     lambda budget: dk.ID3(budget=budget, steps=5, allocation="proportional", exp=-1.0),
     lambda budget: dk.ID3(budget=budget, steps=5, schedule="once"),
     lambda budget: dk.RandomMask(budget=budget, seed=3),
+    lambda budget: dk.RowMask(budget=budget),
+    lambda budget: dk.ColumnMask(budget=budget, order="last"),
+    lambda budget: dk.BlockMask(budget=budget, block_size=4),
+    lambda budget: dk.NMMask(budget=budget, n=2, m=4, pick="largest"),
 ]
 
 

@@ -36,8 +36,8 @@ class BernoulliMask:
     def __post_init__(self) -> None:
         if self.budget is not None:
             check_budget(self.budget)
-        if self.budget is None and self.probability is None:
-            raise ConfigError("a Bernoulli mask needs probability= or budget=")
+        if (self.budget is None) == (self.probability is None):
+            raise ConfigError("a Bernoulli mask needs either budget= or probability=, one of them")
         if self.probability is not None and not 0 < self.probability <= 1:
             raise ConfigError(f"probability must be in (0, 1], found {self.probability}")
 

@@ -177,8 +177,9 @@ def _config_changes(changes: Mapping[str, Any], model: Any) -> dict[str, Any] | 
 def _provenance(config: TrainConfig) -> dict[str, Any]:
     settings = config.as_dict()
     told = {name: settings[name] for name in _REMEMBERED if settings[name] is not None}
-    for name in ("model", "data"):  # a file that travels says nothing of its maker's folders
-        told[name] = Path(told[name]).name if Path(told[name]).exists() else told[name]
+    for name in ("model", "data", "mask"):  # a file that travels tells no folders of its maker
+        if name in told and Path(told[name]).exists():
+            told[name] = Path(told[name]).name
     return {"tool": f"deltakit {__version__}", **told}
 
 

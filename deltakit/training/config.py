@@ -14,6 +14,7 @@ from deltakit.errors import ConfigError, nearest
 from deltakit.registry import Registry
 from deltakit.training.presets import PRESETS
 from deltakit.training.settings import (
+    Kind,
     Setting,
     choice,
     entry_count,
@@ -28,6 +29,7 @@ from deltakit.training.settings import (
     whole,
     yes_or_no,
 )
+from deltakit.training.target_presets import TARGET_PRESETS
 from deltakit.training.tasks import TASKS
 from deltakit.training.text_metrics import TEXT_METRICS
 
@@ -39,6 +41,7 @@ METHOD_SETTINGS = (
     *("rate", "first_rate", "decay"),
     *("num_batches", "num_samples", "labels", "square", "difference"),
     *("dense_steps", "dense_fraction", "dense_lr", "iterations", "probability", "penalty"),
+    *("mask", "order", "block_size", "n", "m", "pick", "mask_seed"),
 )
 REQUIRED = ("model", "data", "task", "budget", "output_dir")
 
@@ -65,6 +68,15 @@ def _schedules() -> list[str]:
     from deltakit.selection.schedules import SCHEDULES
 
     return SCHEDULES.names()
+
+
+def _allocation(value: Any) -> str | Mapping[str, float]:
+    from deltakit.selection.allocation import parse_allocation
+
+    if isinstance(value, Mapping):
+        return parse_allocation({str(p): float(share) for p, share in value.items()})
+    parse_allocation(str(value))
+    return str(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +152,11 @@ class TrainConfig:
     schedule: str | None = setting(
         None, choice(_schedules), METHOD, "how unmasking spreads over the steps"
     )
-    allocation: str | None = setting(
-        None, one_of("global", "proportional"), METHOD, "how the budget is shared among tensors"
+    allocation: str | Mapping[str, float] | None = setting(
+        None,
+        Kind(_allocation, "NAME|PATTERN=SHARE,..."),
+        METHOD,
+        "how the budget is shared among tensors",
     )
     unmask_fraction: float | None = setting(
         None, real(0, 1, above=True), METHOD, "share of all steps that unmask entries"
@@ -196,10 +211,34 @@ class TrainConfig:
         None, real(0, 1, above=True), METHOD, "share of gradients that child-tuning-f keeps"
     )
     penalty: float | None = setting(None, real(), METHOD, "price of an open gate of diff-pruning")
-    target: tuple[str, ...] = setting(
-        (), many(text("PATTERN")), METHOD, "tensors to train; all if unset"
+    mask: str | None = setting(
+        None, text("DELTA"), METHOD, "delta whose entries method mask trains, `budget` in all"
     )
-    exclude: tuple[str, ...] = setting((), many(text("PATTERN")), METHOD, "tensors to leave alone")
+    order: str | None = setting(
+        None,
+        one_of("random", "first", "last"),
+        METHOD,
+        "which rows, columns, heads or blocks a structured mask takes",
+    )
+    block_size: int | None = setting(None, whole(1), METHOD, "side of a block of method blocks: 16")
+    n: int | None = setting(None, whole(1), METHOD, "entries that method n:m takes of a group: 2")
+    m: int | None = setting(None, whole(1), METHOD, "consecutive weights in a group of n:m: 4")
+    pick: str | None = setting(
+        None,
+        one_of("random", "largest", "smallest"),
+        METHOD,
+        "which weights of a group method n:m takes, by magnitude or at random",
+    )
+    mask_seed: int | None = setting(None, whole(0), METHOD, "seed of a mask; `seed` if unset")
+    target: tuple[str, ...] = setting(
+        (),
+        many(text("PATTERN")),
+        METHOD,
+        f"tensors to train, by pattern or as {', '.join(TARGET_PRESETS)}; all if unset",
+    )
+    exclude: tuple[str, ...] = setting(
+        (), many(text("PATTERN")), METHOD, "tensors to leave alone, named as those of target"
+    )
     extras: tuple[str, ...] = setting(
         (), many(text("PATTERN")), METHOD, "tensors trained densely, beside those the base lacks"
     )
@@ -301,9 +340,7 @@ class TrainConfig:
             raise ConfigError("scheduler constant has no warm-up; use constant_with_warmup")
         if self.early_stopping_patience and self.eval_strategy == "no":
             raise ConfigError("early_stopping_patience needs evaluation; eval_strategy is no")
-        from deltakit.selection.recipe import settings_of
-
-        accepted = settings_of(self.method, self.heuristic)
+        accepted = self._accepted()
         for name in METHOD_SETTINGS:
             if getattr(self, name) is not None and name not in accepted:
                 raise ConfigError(
@@ -313,12 +350,17 @@ class TrainConfig:
 
     def method_settings(self) -> dict[str, Any]:
         """The settings that make the method, unset ones as None; the seed included."""
+        made = {name: getattr(self, name) for name in self._accepted()}
+        mask_seed = made.pop("mask_seed", None)
+        return made if mask_seed is None else {**made, "seed": mask_seed}
+
+    def _accepted(self) -> list[str]:
+        """The settings that the method takes, where a seed of its own may stand for the run's."""
         from deltakit.selection.recipe import settings_of
 
-        accepted = settings_of(self.method, self.heuristic)
-        return {
-            name: getattr(self, name) for name in (*METHOD_SETTINGS, "seed") if name in accepted
-        }
+        taken = settings_of(self.method, self.heuristic)
+        names = [name for name in (*METHOD_SETTINGS, "seed") if name in taken]
+        return [*names, "mask_seed"] if "seed" in names else names
 
     def as_dict(self) -> dict[str, Any]:
         """All settings as plain YAML values, in order of declaration."""

@@ -134,7 +134,7 @@ def _heads(path: str, modules: Mapping[str, Any]) -> tuple[int | None, int | Non
         module = modules[".".join(parts[:n])]
         if is_a(module, "MultiheadAttention"):
             return int(module.num_heads), int(module.head_dim)
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         heads = getattr(config, "num_attention_heads", None)
         if isinstance(heads, int):
             width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)

@@ -59,11 +59,12 @@ def _without(
     """What is left of tensors or parts of them (see `matching`)."""
     left: dict[str, Array | None] = {}
     for name, part in taken.items():
-        without = excluded.get(name, np.False_)
-        if without is None:
-            continue
         if name not in excluded:
             left[name] = part
-        elif (rest := ~without if part is None else part & ~without).any():
-            left[name] = rest
+            continue
+        without = excluded[name]
+        if without is not None:
+            rest = ~without if part is None else part & ~without
+            if rest.any():
+                left[name] = rest
     return left
