@@ -416,6 +416,8 @@ def test_settings_reach_the_masks() -> None:
         made(method="rows", block_size=8)
     with pytest.raises(ConfigError, match="mask_seed does not apply to method mask"):
         made(method="mask", mask="a.sdelta", mask_seed=8)
+    with pytest.raises(ConfigError, match="method mask needs setting mask; give --mask"):
+        made(method="mask")
     allocations = ["uniform", "attention=0.5,mlp=0.5", {"attention": 0.5, "mlp": 0.5}]
     for allocation in allocations:
         assert made(method="static", allocation=allocation).allocation == allocation  # type: ignore[attr-defined]

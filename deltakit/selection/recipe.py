@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 from deltakit.errors import ConfigError
@@ -27,6 +27,9 @@ def make_method(name: str, budget: int, settings: Mapping[str, Any]) -> Method:
     foreign = [key for key in given if key not in settings_of(name, given.get("heuristic"))]
     if foreign:
         raise ConfigError(f"setting {foreign[0]} does not apply to {_spoken(name, given)}")
+    missing = [key for key in own if own[key] is Parameter.empty and key not in {*mine, "budget"}]
+    if missing:
+        raise ConfigError(f"method {name} needs setting {missing[0]}; give --{missing[0]}")
     method: Method = METHODS[name](**mine, budget=budget)
     return method
 

@@ -117,7 +117,8 @@ def matching(
             hits = {n: None for n, stored in names.items() if _matches(pattern, n, stored or n)}
         if not hits:
             raise ConfigError(
-                f"{what} {pattern!r} matches no tensor{nearest(pattern, list(names))}; "
+                f"{what} {pattern!r} matches no tensor"
+                f"{nearest(pattern, [*TARGET_PRESETS, *names])}; "
                 f"presets: {', '.join(TARGET_PRESETS)}"
             )
         for name, part in hits.items():

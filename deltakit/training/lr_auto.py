@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
+from deltakit.selection.fixed import Unresolved
 from deltakit.selection.methods import Method
 from deltakit.training.calibration import TrainerCalibration
 from deltakit.training.lr_search import LrSearch, find_lr
@@ -49,7 +50,7 @@ def planned_steps(trainer: SparseTrainer) -> int:
     return ceil(args.num_train_epochs * epoch)
 
 
-def compressed(method: Method, share: float) -> Method:
+def compressed(method: Method | Unresolved, share: float) -> Method | Unresolved:
     """The method in a run of `share` of the steps, where it counts any; a fixed one is unchanged.
 
     A schedule that lists counts per step is kept as it is.

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError, MissingFileError, TrainingError
 from deltakit.formats.sdelta import save
+from deltakit.selection.fixed import Unresolved
 from deltakit.selection.methods import Method
 from deltakit.training.calibration import TrainerCalibration
 from deltakit.training.callbacks import BudgetCheckpoints, StopOnSignal
@@ -50,7 +51,7 @@ class SparseTrainer(Trainer):
         model: torch.nn.Module,
         args: TrainingArguments,
         *,
-        method: Method,
+        method: Method | Unresolved,
         target: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] = (),
         extras: str | Iterable[str] = (),
@@ -123,7 +124,7 @@ class SparseTrainer(Trainer):
         lr: float,
         total_steps: int,
         *,
-        method: Method | None = None,
+        method: Method | Unresolved | None = None,
         model: torch.nn.Module | None = None,
         **more: Any,
     ) -> SparseTuner:
