@@ -79,9 +79,9 @@ def full_adamw() -> Step:
     return step
 
 
-def _sparse(method: object) -> Step:
+def _sparse(method: object, **options: object) -> Step:
     net = model()
-    tuner = dk.SparseTuner(net, method, lr=1e-3)
+    tuner = dk.SparseTuner(net, method, lr=1e-3, **options)
 
     def step(inputs: dict[str, torch.Tensor]) -> None:
         net(**inputs).loss.backward()
@@ -97,8 +97,8 @@ def id3(exp: float = 0.0, **options: str) -> Callable[[], Step]:
     return lambda: _sparse(method)
 
 
-def random_mask() -> Step:
-    return _sparse(dk.RandomMask(budget=BUDGET))
+def random_mask(**options: object) -> Callable[[], Step]:
+    return lambda: _sparse(dk.RandomMask(budget=BUDGET), **options)
 
 
 def id3_toolkit() -> Step:
@@ -151,7 +151,9 @@ CONTESTANTS: dict[str, Callable[[], Step]] = {
     "ID3 exp -1": id3(-1.0),
     "ID3 exp 1.3": id3(1.3),
     "ID3 preset's selection": id3(allocation="proportional", precondition="factored"),
-    "random mask": random_mask,
+    "random mask": random_mask(),
+    "random mask, no embeddings": random_mask(exclude="embeddings"),
+    "random mask (q, v)": random_mask(target="attention-qv"),
     "selective-optimizers ID3": id3_toolkit,
     "PEFT LoRA r8 (q, v)": peft_lora,
     "PEFT SHiRA 101k (q, v)": peft_shira,
