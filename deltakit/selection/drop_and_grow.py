@@ -21,7 +21,7 @@ from deltakit.selection.methods import (
     check_budget,
     refuse_marks,
 )
-from deltakit.selection.pools import Pools
+from deltakit.selection.pools import Pools, PoolSelector
 from deltakit.selection.random_mask import draw
 from deltakit.selection.repeat import last_selection
 
@@ -88,14 +88,12 @@ class DropAndGrow:
         return Start(support, Exchange(self, pools, counts, last))
 
 
-class Exchange:
+class Exchange(PoolSelector):
     """The selector of drop-and-grow."""
 
-    competes = False
-    restores = True
-
     def __init__(self, method: DropAndGrow, pools: Pools, counts: list[int], last: int) -> None:
-        self._method, self._pools, self._counts, self._last = method, pools, counts, last
+        super().__init__(pools)
+        self._method, self._counts, self._last = method, counts, last
         self._shares: list[int] = []
 
     def scores_step(self, step: int) -> bool:
@@ -110,17 +108,6 @@ class Exchange:
         self._shares = [min(*pair) for pair in zip(counts, room, strict=True)]
         self._pools.open(self._shares)
 
-    def offer(
-        self,
-        tensor: int,
-        gradient: torch.Tensor,
-        weight: torch.Tensor,
-        bounds: tuple[float, float],
-        where: str,
-    ) -> None:
-        """Score one tensor's gradient; see `Pools.offer`."""
-        self._pools.offer(tensor, gradient, weight, bounds, where)
-
     def choose(self, support: Support) -> Change:
         """Of each tensor the smallest |value| leave, ties to the higher index, and others join."""
         leaving = []
@@ -131,9 +118,6 @@ class Exchange:
                 dropped = torch.sort(size, stable=True).indices[:share]
                 leaving.append((number, indices[dropped]))
         return Change(leaving, self._pools.best(support.blocked))
-
-    def ahead(self, step: int, support: Support) -> None:
-        """Nothing: this selector needs the gradients of its steps."""
 
     def _rate(self, step: int) -> float:
         method = self._method

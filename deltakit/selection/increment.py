@@ -11,7 +11,15 @@ from deltakit.dtypes import Array
 from deltakit.errors import BudgetError
 from deltakit.selection.allocation import Allocation, allocate, parse_allocation
 from deltakit.selection.heuristics import Heuristic, Measure, resolve_heuristic
-from deltakit.selection.methods import METHODS, Change, Scene, Start, Support, check_budget
+from deltakit.selection.methods import (
+    METHODS,
+    Change,
+    Scene,
+    Selector,
+    Start,
+    Support,
+    check_budget,
+)
 from deltakit.selection.precondition import check_precondition
 from deltakit.selection.ranking import rank, support_of
 from deltakit.selection.schedules import Schedule, unmasking_plan
@@ -81,38 +89,14 @@ class Increment:
         return -(-steps // self.every)
 
 
-class Following:
+class Following(Selector):
     """The selector of a ranking made before training: its next entries join at each selection."""
-
-    competes = False
-    restores = True
 
     def __init__(
         self, owners: torch.Tensor, indices: torch.Tensor, plan: Array, every: int
     ) -> None:
         self._owners, self._indices = owners, indices
         self._plan, self._every = plan, every
-
-    def scores_step(self, step: int) -> bool:
-        """Never."""
-        return False
-
-    def begin(self, step: int, support: Support) -> None:
-        """Nothing: no step is scored."""
-
-    def offer(
-        self,
-        tensor: int,
-        gradient: torch.Tensor,
-        weight: torch.Tensor,
-        bounds: tuple[float, float],
-        where: str,
-    ) -> None:
-        """Nothing: no step is scored."""
-
-    def choose(self, support: Support) -> Change:
-        """Nothing: no step is scored."""
-        return Change()
 
     def ahead(self, step: int, support: Support) -> Change | None:
         """The entries whose turn it is."""

@@ -56,24 +56,23 @@ class Support(Protocol):
         """Flat indices that must not be chosen, int64, sorted; those taken may be."""
 
 
-class Selector(Protocol):
-    """Chooses entries while training runs.
+class Selector:
+    """Chooses entries while training runs; by default it never does.
 
     A selector either scores the gradients of some steps (`scores_step`), in which case the engine
     calls `begin`, `offer` for each tensor that has a gradient, in any order, and `choose`; or it
     needs no gradient of a step and answers `ahead`, asked before every step's backward.
+
+    competes: whether entries in training are scored again; if not, their gradients come as zero.
+    restores: whether leaving entries get their base bits back; if not they rest where they are.
     """
 
-    @property
-    def competes(self) -> bool:
-        """Whether entries in training are scored again; if not, their gradients come as zero."""
-
-    @property
-    def restores(self) -> bool:
-        """Whether leaving entries get their base bits back; if not they rest where they are."""
+    competes = False
+    restores = True
 
     def scores_step(self, step: int) -> bool:
         """Whether the gradients of this step are scored."""
+        return False
 
     def begin(self, step: int, support: Support) -> None:
         """A step whose gradients are scored begins."""
@@ -90,9 +89,11 @@ class Selector(Protocol):
 
     def choose(self, support: Support) -> Change:
         """What joins and leaves, now that every tensor was offered."""
+        return Change()
 
     def ahead(self, step: int, support: Support) -> Change | None:
         """What joins and leaves before the step, without its gradients; None for no change."""
+        return None
 
 
 @dataclass(frozen=True)

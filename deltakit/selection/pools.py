@@ -10,7 +10,7 @@ import torch
 from deltakit.dtypes import Array
 from deltakit.errors import TrainingError
 from deltakit.selection.heuristics import StepScore
-from deltakit.selection.methods import Joining
+from deltakit.selection.methods import Joining, Selector
 from deltakit.selection.precondition import factored_rms
 from deltakit.selection.topk import TopK
 
@@ -141,6 +141,24 @@ class Pools:
                 found.append((tensor, torch.from_numpy(free), torch.zeros(len(free))))
                 missing -= len(free)
         return found
+
+
+class PoolSelector(Selector):
+    """A selector that scores the gradients of its steps into pools."""
+
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
+
+    def offer(
+        self,
+        tensor: int,
+        gradient: torch.Tensor,
+        weight: torch.Tensor,
+        bounds: tuple[float, float],
+        where: str,
+    ) -> None:
+        """Score one tensor's gradient; see `Pools.offer`."""
+        self._pools.offer(tensor, gradient, weight, bounds, where)
 
 
 def _where_at_least(magnitude: torch.Tensor, bound: float) -> torch.Tensor:

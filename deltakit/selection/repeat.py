@@ -23,7 +23,7 @@ from deltakit.selection.methods import (
     check_budget,
     refuse_marks,
 )
-from deltakit.selection.pools import Pools
+from deltakit.selection.pools import Pools, PoolSelector
 from deltakit.selection.precondition import check_precondition
 
 
@@ -88,7 +88,7 @@ def last_selection(steps: int | None, fraction: float, total_steps: int | None) 
     return steps
 
 
-class Reselection:
+class Reselection(PoolSelector):
     """The selector of the repeat strategy: all entries compete, those in training included."""
 
     competes = True
@@ -102,8 +102,9 @@ class Reselection:
         last: int | None,
         restores: bool,
     ) -> None:
+        super().__init__(pools)
         self.restores = restores
-        self._pools, self._every, self._last = pools, every, last
+        self._every, self._last = every, last
         self._counts: int | Sequence[int] = budget
         if seats is not None:
             self._counts = np.bincount(seats, minlength=pools.tensors).tolist()
@@ -115,17 +116,6 @@ class Reselection:
     def begin(self, step: int, support: Support) -> None:
         """Open pools for the whole budget."""
         self._pools.open(self._counts)
-
-    def offer(
-        self,
-        tensor: int,
-        gradient: torch.Tensor,
-        weight: torch.Tensor,
-        bounds: tuple[float, float],
-        where: str,
-    ) -> None:
-        """Score one tensor's gradient; see `Pools.offer`."""
-        self._pools.offer(tensor, gradient, weight, bounds, where)
 
     def choose(self, support: Support) -> Change:
         """Entries that are no longer among the best leave, new ones join."""
@@ -142,9 +132,6 @@ class Reselection:
             if not stays.all():
                 joining.append((number, wanted[~stays], gradients[~stays]))
         return Change(leaving, joining)
-
-    def ahead(self, step: int, support: Support) -> None:
-        """Nothing: this selector needs the gradients of its steps."""
 
     def _merged(self, chosen: list[Joining]) -> list[Joining]:
         """One item per tensor: the best scored ones, and those that only fill up."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from deltakit.dtypes import Array
 from deltakit.selection.heuristics import StepScore
 from deltakit.selection.methods import Change, Support
-from deltakit.selection.pools import Pools
+from deltakit.selection.pools import Pools, PoolSelector
 
 
-class Unmasking:
+class Unmasking(PoolSelector):
     """The selector of one incremental run.
 
     score: of entries. plan: cumulative number of entries after each selection, int64 [n]. numels:
@@ -21,9 +20,6 @@ class Unmasking:
     int [budget], or None where all tensors compete. precondition: see `Pools`. every: steps from
     one selection to the next; the first is at step 0.
     """
-
-    competes = False
-    restores = True
 
     def __init__(
         self,
@@ -34,11 +30,11 @@ class Unmasking:
         precondition: str = "none",
         every: int = 1,
     ) -> None:
+        super().__init__(Pools(score, numels, precondition))
         self.plan = plan
         self._every = every
         self._seats = seats
         self._tensors = len(numels)
-        self._pools = Pools(score, numels, precondition)
 
     def scores_step(self, step: int) -> bool:
         """Every n-th step, until the plan is done."""
@@ -53,20 +49,6 @@ class Unmasking:
         else:
             self._pools.open(np.bincount(self._seats[start:stop], minlength=self._tensors).tolist())
 
-    def offer(
-        self,
-        tensor: int,
-        gradient: torch.Tensor,
-        weight: torch.Tensor,
-        bounds: tuple[float, float],
-        where: str,
-    ) -> None:
-        """Score one tensor's gradient; see `Pools.offer`."""
-        self._pools.offer(tensor, gradient, weight, bounds, where)
-
     def choose(self, support: Support) -> Change:
         """The entries that join now, exactly as many as planned."""
         return Change(joining=self._pools.best(support.blocked))
-
-    def ahead(self, step: int, support: Support) -> None:
-        """Nothing: this selector needs the gradients of its steps."""
