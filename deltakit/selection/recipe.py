@@ -26,7 +26,8 @@ def make_method(name: str, budget: int, settings: Mapping[str, Any]) -> Method:
         mine["heuristic"] = HEURISTICS[heuristic](**{k: theirs[k] for k in theirs if k not in own})
     foreign = [key for key in given if key not in settings_of(name, given.get("heuristic"))]
     if foreign:
-        raise ConfigError(f"setting {foreign[0]} does not apply to {_spoken(name, given)}")
+        with_ = f" with heuristic {given['heuristic']}" if given.get("heuristic") else ""
+        raise ConfigError(f"setting {foreign[0]} does not apply to method {name}{with_}")
     missing = [key for key in own if own[key] is Parameter.empty and key not in {*mine, "budget"}]
     if missing:
         raise ConfigError(f"method {name} needs setting {missing[0]}; give --{missing[0]}")
@@ -46,8 +47,3 @@ def settings_of(name: str, heuristic: str | None = None) -> list[str]:
 
 def _parameters(make: Callable[..., Any]) -> dict[str, Any]:
     return {name: p.default for name, p in signature(make).parameters.items()}
-
-
-def _spoken(name: str, given: Mapping[str, Any]) -> str:
-    heuristic = given.get("heuristic")
-    return f"method {name} with heuristic {heuristic}" if heuristic else f"method {name}"

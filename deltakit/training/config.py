@@ -341,11 +341,12 @@ class TrainConfig:
         if self.early_stopping_patience and self.eval_strategy == "no":
             raise ConfigError("early_stopping_patience needs evaluation; eval_strategy is no")
         accepted = self._accepted()
+        with_ = f" with heuristic {self.heuristic}" if "heuristic" in accepted else ""
         for name in METHOD_SETTINGS:
             if getattr(self, name) is not None and name not in accepted:
                 raise ConfigError(
                     f"setting {name} does not apply to method {self.method}"
-                    + (f" with heuristic {self.heuristic}" if self.heuristic else "")
+                    f"{with_ if self.heuristic else ''}; docs/settings.md says which settings do"
                 )
 
     def method_settings(self) -> dict[str, Any]:

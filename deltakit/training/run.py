@@ -130,7 +130,9 @@ def _results(
             "base_weights": base.total_weights,
         },
         "extras": {"weights": delta.extra_weights, "names": list(delta.extras)},
-        "analyses": analyses(delta, {t.name: t.shape for t in trainer.tuner.engine.entries.targets}),
+        "analyses": analyses(
+            delta, {t.name: t.shape for t in trainer.tuner.engine.entries.targets}
+        ),
         "marks": marks,
         "final": {"entries": delta.nnz, **last},
         "best": None if best is None else _result(best, best["step"], names, folder.best),
