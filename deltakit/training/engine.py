@@ -8,7 +8,6 @@ support is fixed, most layers compute the gradients of entries alone (`training.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,38 +17,10 @@ from deltakit.dtypes import Array
 from deltakit.errors import TrainingError
 from deltakit.selection.methods import Change, Selector
 from deltakit.training.entries import Entries, Target
+from deltakit.training.entries_state import restore_state, state_of
+from deltakit.training.extra import Extra
 from deltakit.training.fixed_support import FixedSupport
 from deltakit.training.gradient_path import GradientPath
-from deltakit.training.resting import Resting
-
-
-@dataclass(eq=False)
-class Extra:
-    """One tensor trained densely: the live parameter and its float32 master (itself if float32)."""
-
-    name: str
-    parameter: torch.nn.Parameter
-    master: torch.nn.Parameter
-    updates: int = 0
-
-    @property
-    def gradient(self) -> torch.Tensor | None:
-        """The gradient in the master's dtype, or None."""
-        grad = self.parameter.grad
-        return None if grad is None else grad.to(self.master.dtype)
-
-    @torch.no_grad()
-    def write_through(self) -> None:
-        """Round the master into the live parameter."""
-        if self.master is not self.parameter:
-            self.parameter.copy_(self.master)
-
-
-def make_extra(name: str, parameter: torch.nn.Parameter) -> Extra:
-    """An extra whose master is float32 where the parameter is narrower."""
-    if parameter.dtype in (torch.float32, torch.float64):
-        return Extra(name, parameter, parameter)
-    return Extra(name, parameter, torch.nn.Parameter(parameter.detach().float()))
 
 
 class Engine:
@@ -185,15 +156,9 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only, so that it loads with `weights_only=True`."""
-        entries = self.entries
-        taken = slice(0, entries.count)
         return {
+            **state_of(self.entries),
             "step": self.step,
-            "values": entries.values.detach()[taken].clone(),
-            "base": entries.base[taken].clone(),
-            "order": entries.order[taken].clone(),
-            "targets": {t.name: (t.indices.clone(), t.slots.clone()) for t in entries.targets},
-            "resting": {t.name: t.resting.state() for t in entries.targets if t.resting},
             "extras": {e.name: (e.master.detach().clone(), e.updates) for e in self.extras},
             "buffers": {name: b.detach().clone() for name, b in self.buffers.items()},
         }
@@ -201,25 +166,9 @@ class Engine:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore; raises TrainingError when the state belongs to other targets or extras."""
-        entries = self.entries
-        if set(state["targets"]) != {t.name for t in entries.targets}:
-            raise TrainingError("the saved state trains other tensors than this run")
         if set(state["extras"]) != {e.name for e in self.extras}:
             raise TrainingError("the saved state has other extras than this run")
-        if len(state["values"]) > len(entries.values):
-            raise TrainingError("the saved state holds more entries than this run's budget")
-        entries.restore()
-        entries.count = len(state["values"])
-        for name in ("values", "base", "order"):
-            place = getattr(entries, name).data
-            place.zero_()
-            place[: entries.count] = state[name].to(place)
-        for target in entries.targets:
-            indices, slots = state["targets"][target.name]
-            target.indices = indices.to(target.parameter.device)
-            target.slots = slots.to(entries.base.device)
-            rest = state["resting"].get(target.name)
-            target.resting = rest and Resting(*(array.to(entries.base.device) for array in rest))
+        restore_state(self.entries, state)
         for extra in self.extras:
             master, extra.updates = state["extras"][extra.name]
             extra.master.copy_(master)
@@ -227,8 +176,6 @@ class Engine:
         for name, buffer in self.buffers.items():
             buffer.copy_(state["buffers"][name])
         self.step = int(state["step"])
-        entries.write_through()
-        entries.write_resting()
         self.clear_gradients()
         self._freeze_untrained()
 

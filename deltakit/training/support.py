@@ -12,8 +12,8 @@ from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.errors import ConfigError, CoordinateError, nearest
 from deltakit.selection.methods import Chosen, Scene
 from deltakit.training.arrays import to_torch
-from deltakit.training.engine import Extra
 from deltakit.training.entries import Entries, Target
+from deltakit.training.extra import Extra
 
 
 def keep_clear(targets: Sequence[Target], avoid: Sequence[SparseDelta]) -> None:

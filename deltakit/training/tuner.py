@@ -24,8 +24,9 @@ from deltakit.training.coordinates import (
     find_checkpoint,
     saved_buffers,
 )
-from deltakit.training.engine import Engine, make_extra
+from deltakit.training.engine import Engine
 from deltakit.training.entries import Entries
+from deltakit.training.extra import make_extra
 from deltakit.training.gradient_path import GradientPath
 from deltakit.training.live_identity import LiveIdentity
 from deltakit.training.optimizer import Age
