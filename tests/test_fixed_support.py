@@ -33,8 +33,8 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(30, 16, padding_idx=2)
-        self.up = nn.Linear(16, 24)
-        self.down = Conv1D(16, 24)
+        self.up = nn.Linear(16, 40)
+        self.down = Conv1D(16, 40)
         self.twice = nn.Linear(16, 16, bias=False)
         self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
         nn.init.normal_(self.down.weight, std=0.2)
@@ -125,6 +125,8 @@ def test_entries_have_the_dense_gradient(
     _tap(engine, model, path)
     assert engine.paths["attention.out_proj.weight"] == "dense"
     assert engine.paths["twice.weight"] == engine.paths["embed.weight"] == path
+    assert engine.paths["up.bias"] == ("dense" if path == "dense" else "sampled")
+    assert engine.paths["down.bias"] == "dense"  # an eighth of it: summing all is cheaper
     for tokens in (TOKENS, TOKENS[:, :2]):
         out = model(tokens)
         expected = dense(tokens)

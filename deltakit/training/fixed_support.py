@@ -8,14 +8,14 @@ functional decoder tied to the embedding) reaches the engine's dense hook, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from deltakit.training.entries import Entries, Target
 from deltakit.training.gradient_path import GradientPath, embedding_path, product_path
-from deltakit.training.tapped_layer import can_tap, tap, untap
+from deltakit.training.tapped_layer import Carried, can_tap, tap, untap
 
 Choice = Callable[[torch.nn.Module, Target], GradientPath]
 
@@ -32,6 +32,11 @@ def cheapest(layer: torch.nn.Module, target: Target) -> GradientPath:
     return product_path((height, width), nnz, rows, columns, bits=bits)
 
 
+def bias_is_sparse(target: Target) -> bool:
+    """Whether gathering the entries of a vector costs less than summing all of it."""
+    return target.parameter.ndim == 1 and 16 * len(target.indices) <= target.numel
+
+
 class FixedSupport:
     """Taps on the layers of a model that hold `entries`, as they are now, until `close`.
 
@@ -41,20 +46,30 @@ class FixedSupport:
     """
 
     def __init__(self, model: torch.nn.Module, entries: Entries, choose: Choice = cheapest) -> None:
-        self.paths: dict[str, GradientPath] = {}
         self._layers: list[torch.nn.Module] = []
         self._hooks: list[Any] = []
         owners: dict[int, list[torch.nn.Module]] = {}
         for module in model.modules():
             if can_tap(module):
                 owners.setdefault(id(module.weight), []).append(module)
-        for target in entries.targets:
-            if len(target.indices):
-                layers = owners.get(id(target.parameter), [])
-                path = choose(layers[-1], target) if layers else "dense"
-                self.paths[target.name] = path
-                if path != "dense":
-                    self._tap(entries, target, layers, path)
+        trained = [target for target in entries.targets if len(target.indices)]
+        biases = {id(t.parameter): t for t in trained if bias_is_sparse(t)}
+        tapped: dict[int, Carried] = {}  # biases that a layer's tap carries already
+        self.paths: dict[str, GradientPath] = {target.name: "dense" for target in trained}
+        for target in trained:
+            layers = owners.get(id(target.parameter))
+            path = choose(layers[-1], target) if layers else "dense"
+            if not layers or path == "dense":
+                continue
+            self.paths[target.name] = path
+            carried = self._carried(entries, target)
+            for layer in layers:
+                bias = biases.get(id(layer._parameters.get("bias")))
+                if bias is not None and id(bias) not in tapped:
+                    tapped[id(bias)] = self._carried(entries, bias)
+                    self.paths[bias.name] = "sampled"
+                tap(layer, path, carried, None if bias is None else tapped[id(bias)])
+                self._layers.append(layer)
 
     def close(self) -> None:
         """Give every layer its own forward back."""
@@ -64,13 +79,8 @@ class FixedSupport:
             hook.remove()
         self._layers, self._hooks = [], []
 
-    def _tap(
-        self,
-        entries: Entries,
-        target: Target,
-        layers: Sequence[torch.nn.Module],
-        path: GradientPath,
-    ) -> None:
+    def _carried(self, entries: Entries, target: Target) -> Carried:
+        """A target's indices, sorted, and a carrier whose gradient reaches the entries'."""
         indices, order = torch.sort(target.indices)
         slots = target.slots[order.to(target.slots.device)]
         carrier = torch.nn.Parameter(indices.new_zeros(len(indices), dtype=entries.base.dtype))
@@ -82,6 +92,4 @@ class FixedSupport:
 
         register: Any = carrier.register_post_accumulate_grad_hook  # untyped in torch
         self._hooks.append(register(receive))
-        for layer in layers:
-            tap(layer, path, indices, carrier)
-            self._layers.append(layer)
+        return indices, carrier

@@ -1,6 +1,6 @@
 """Gradients of chosen entries of a weight matrix, without the gradients of the others.
 
-All three functions return one number per entry, in row-major order of the entries, float32
+All functions return one number per entry, in row-major order of the entries, float32
 (float64 where the gradient is float64). An entry (r, c) of a layer's weight has the gradient
 sum over tokens n of left[n, r] * right[n, c], where left and right are the layer's activations and
 the gradient of its outputs, or the other way round: a sampled dense-dense product (SDDMM).
@@ -147,6 +147,12 @@ def submatrix_product(
     left, right = pair if activations_left else pair[::-1]
     product = _chosen(left, rows).t() @ _chosen(right, columns)
     return product.reshape(-1).index_select(0, places).to(_sum_dtype(gradient))
+
+
+def sampled_bias(gradient: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Entries of a bias's gradient, the sum over tokens, [n]. indices: int64 [n]."""
+    flat = gradient.reshape(-1, gradient.shape[-1])
+    return flat.index_select(1, indices).sum(0, dtype=_sum_dtype(gradient))
 
 
 def _chosen(tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

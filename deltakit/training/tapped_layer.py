@@ -30,17 +30,24 @@ def can_tap(module: torch.nn.Module) -> bool:
     return kind is torch.nn.Linear or _is_conv1d(module)
 
 
-def tap(
-    layer: torch.nn.Module, path: GradientPath, indices: torch.Tensor, carrier: torch.nn.Parameter
-) -> None:
-    """Let backward give `carrier`, a leaf [nnz], the gradient of the layer's entries.
+Carried = tuple[torch.Tensor, torch.nn.Parameter]
 
-    indices: int64 [nnz], flat and sorted. path: "sampled" or "submatrix"; embeddings, which are
-    looked up and not multiplied, know only the first.
+
+def tap(
+    layer: torch.nn.Module, path: GradientPath, entries: Carried, bias: Carried | None = None
+) -> None:
+    """Let backward give carriers, leaves [nnz], the gradients of the layer's entries.
+
+    entries: the weight's, flat indices int64 [nnz], sorted, and their carrier. path: "sampled" or
+    "submatrix"; embeddings, which are looked up and not multiplied, know only the first. bias: the
+    bias's entries, likewise; None leaves the bias to autograd.
     """
     weight = layer._parameters["weight"]
     assert weight is not None
-    chosen: dict[str, Any] = {"native": _linear, "tap": SampledTap, "carrier": carrier}
+    indices, carrier = entries
+    at, bias_carrier = bias or (indices[:0], None)
+    chosen: dict[str, Any] = {"native": _linear, "tap": SampledTap}
+    chosen |= {"carrier": carrier, "bias_carrier": bias_carrier}
     if type(layer) is torch.nn.Embedding:
         padding = -1 if layer.padding_idx is None else layer.padding_idx
         starts, columns = _compressed(indices, weight)
@@ -53,9 +60,9 @@ def tap(
             chosen["native"] = _conv1d
         if path == "submatrix":
             chosen["tap"] = SubmatrixTap
-            pattern = (*_occupied(indices, weight), transposed)
+            pattern = (at, *_occupied(indices, weight), transposed)
         else:
-            pattern = (*_compressed(indices, weight), transposed)
+            pattern = (at, *_compressed(indices, weight), transposed)
     layer._tap = _LayerTap(pattern=pattern, **chosen)  # type: ignore[assignment]
     layer.forward = MethodType(forward, layer)
 
@@ -69,9 +76,10 @@ def untap(layer: torch.nn.Module) -> None:
 class _LayerTap:
     """What the forward of one layer needs: torch's own function, and the tap behind it."""
 
-    native: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+    native: Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
     tap: type[Tap]
     carrier: torch.nn.Parameter
+    bias_carrier: torch.nn.Parameter | None
     pattern: tuple[Any, ...]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -87,10 +95,12 @@ def forward(self: Any, *args: torch.Tensor, **named: torch.Tensor) -> torch.Tens
     (inputs,) = (*args, *named.values())
     if inputs.is_floating_point():
         inputs = _as_autocast(inputs)
-    output = self._tap.native(self, inputs, self.weight.detach())
-    tapped: torch.Tensor = self._tap.tap.apply(
-        output, inputs, self._tap.carrier, *self._tap.pattern
-    )
+    bias = self._parameters.get("bias")
+    if bias is not None and self._tap.bias_carrier is not None:
+        bias = bias.detach()
+    output = self._tap.native(self, inputs, self.weight.detach(), bias)
+    carriers = self._tap.carrier, self._tap.bias_carrier
+    tapped: torch.Tensor = self._tap.tap.apply(output, inputs, *carriers, *self._tap.pattern)
     return tapped
 
 
@@ -102,16 +112,23 @@ def _as_autocast(inputs: torch.Tensor) -> torch.Tensor:
     return inputs.to(torch.get_autocast_dtype(device))
 
 
-def _linear(layer: Any, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return functional.linear(inputs, weight, layer.bias)
+def _linear(
+    layer: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return functional.linear(inputs, weight, bias)
 
 
-def _conv1d(layer: Any, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    flat = torch.addmm(layer.bias, inputs.view(-1, inputs.size(-1)), weight)
+def _conv1d(
+    layer: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    assert bias is not None
+    flat = torch.addmm(bias, inputs.view(-1, inputs.size(-1)), weight)
     return flat.view(*inputs.shape[:-1], layer.nf)
 
 
-def _embedding(layer: Any, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _embedding(
+    layer: Any, tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     return functional.embedding(tokens, weight, layer.padding_idx)
 
 
