@@ -190,8 +190,8 @@ def _turn(part: torch.Tensor, turned: torch.Tensor) -> None:
 def _turn_narrow(part: torch.Tensor, turned: torch.Tensor) -> None:
     """The same by NumPy, whose calls cost less than torch's."""
     source, target = part.detach().numpy(), turned.numpy()
-    for start in range(0, len(source), TILE):
-        target[:, start : start + TILE] = source[start : start + TILE].T
+    for start in range(0, len(source), 2 * TILE):
+        target[:, start : start + 2 * TILE] = source[start : start + 2 * TILE].T
 
 
 @dataclass(frozen=True, eq=False)
