@@ -319,8 +319,6 @@ def test_requests_that_make_no_sense_are_refused() -> None:
         dk.DropAndGrow(budget=5, allocation="global")
     with pytest.raises(ConfigError, match="rate must be in"):
         dk.DropAndGrow(budget=5, rate=1.5)
-    with pytest.raises(BudgetError, match="every must be at least 1 step"):
-        dk.Increment(budget=5, every=0)
     with pytest.raises(ConfigError, match="unknown heuristic 'gradeint'; nearest: gradient"):
         dk.Static(budget=5, heuristic="gradeint")
     for method in (dk.Repeat(budget=5), dk.Static(budget=5)):
@@ -328,3 +326,12 @@ def test_requests_that_make_no_sense_are_refused() -> None:
             dk.SparseTuner(Net(), method, budget_checkpoints=[2])
     with pytest.raises(BudgetError, match="steps= is missing"):
         dk.SparseTuner(Net(), dk.DropAndGrow(budget=5))
+
+
+@pytest.mark.parametrize("method", [dk.Increment, dk.Repeat, dk.DropAndGrow])
+def test_selections_out_of_range_are_refused(method: Any) -> None:
+    with pytest.raises(BudgetError, match="every must be at least 1 step, found 0"):
+        method(budget=5, every=0)
+    for share in (0.0, 1.5):
+        with pytest.raises(BudgetError, match=r"unmask_fraction must be in \(0, 1\], found"):
+            method(budget=5, unmask_fraction=share)

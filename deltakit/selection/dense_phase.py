@@ -79,7 +79,7 @@ class DensePhase:
                     f"dense phase, step {step}: the loss is {loss.item()}; lower dense_lr or look "
                     "for broken inputs"
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             for parameter, made in live:
                 if parameter.grad is not None:
                     torch.autograd.backward(made, widened(parameter.grad))

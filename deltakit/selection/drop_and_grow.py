@@ -11,7 +11,6 @@ import torch
 from deltakit.errors import BudgetError, ConfigError
 from deltakit.selection.allocation import Allocation, allocate, parse_allocation
 from deltakit.selection.heuristics import Heuristic, StepScore, resolve_heuristic
-from deltakit.selection.increment import check_every
 from deltakit.selection.methods import (
     METHODS,
     Change,
@@ -23,7 +22,7 @@ from deltakit.selection.methods import (
 )
 from deltakit.selection.pools import Pools, PoolSelector
 from deltakit.selection.random_mask import draw
-from deltakit.selection.repeat import last_selection
+from deltakit.selection.schedules import check_selections, selecting_steps
 
 
 @METHODS.register(
@@ -55,7 +54,7 @@ class DropAndGrow:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        check_every(self.every)
+        check_selections(self.every, self.unmask_fraction)
         if parse_allocation(self.allocation) == "global":
             raise ConfigError(
                 "drop-and-grow keeps a budget per tensor; allocation cannot be global"
@@ -80,7 +79,7 @@ class DropAndGrow:
         score = resolve_heuristic(self.heuristic)
         assert isinstance(score, StepScore)
         pools = Pools(score, [target.numel for target in scene.targets])
-        last = last_selection(self.steps, self.unmask_fraction, scene.total_steps)
+        last = selecting_steps(self.steps, self.unmask_fraction, scene.total_steps)
         if last is None:
             raise BudgetError("steps= is missing, the number of steps with exchanges")
         drawn = zip(scene.targets, counts, strict=True)

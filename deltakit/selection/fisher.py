@@ -61,7 +61,7 @@ class Fisher:
             for example in calibration.examples(self.num_samples or maxsize):
                 examples += 1
                 for term in self._terms(model, calibration, example):
-                    term.backward(retain_graph=self.labels == "expected")  # type: ignore[no-untyped-call]
+                    torch.autograd.backward(term, retain_graph=self.labels == "expected")
         if not examples:
             raise DataError("fisher: there is no training example to measure with")
         check_finite(scene, sums)

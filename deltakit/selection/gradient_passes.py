@@ -63,7 +63,7 @@ def gradient_sums(
     model.eval()
     with taking_gradients(scene.targets, lambda number, g: sums[number].add_(g)):
         for batch in islice(calibration.batches(seed), num_batches):
-            calibration.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(calibration.loss(model, batch))
     check_finite(scene, sums)
     return sums
 

@@ -113,7 +113,7 @@ def _differentiate_twice(scene: Scene, loss: torch.Tensor, along: Sums) -> None:
         ]
         if used:
             # Not autograd.grad, which would pass over the error of a function that cannot do it.
-            torch.stack(used).sum().backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(torch.stack(used).sum())
     except RuntimeError as error:
         raise TrainingError(
             f"grasp: the model cannot be differentiated twice ({error}); set difference=1e-2 to "

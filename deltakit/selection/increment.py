@@ -22,7 +22,12 @@ from deltakit.selection.methods import (
 )
 from deltakit.selection.precondition import check_precondition
 from deltakit.selection.ranking import rank, support_of
-from deltakit.selection.schedules import Schedule, unmasking_plan
+from deltakit.selection.schedules import (
+    Schedule,
+    check_selections,
+    selecting_steps,
+    unmasking_plan,
+)
 from deltakit.selection.unmask import Unmasking
 
 
@@ -54,9 +59,7 @@ class Increment:
         parse_allocation(self.allocation)
         check_precondition(self.precondition)
         resolve_heuristic(self.heuristic)
-        check_every(self.every)
-        if not 0 < self.unmask_fraction <= 1:
-            raise BudgetError(f"unmask_fraction must be in (0, 1], found {self.unmask_fraction}")
+        check_selections(self.every, self.unmask_fraction)
 
     def start(self, scene: Scene) -> Start:
         """No support yet, and a selector for `selections` selections."""
@@ -78,14 +81,12 @@ class Increment:
 
     def selections(self, total_steps: int | None) -> int:
         """How many selections there are, given all training steps; BudgetError if unknown."""
-        steps = self.steps
+        steps = selecting_steps(self.steps, self.unmask_fraction, total_steps)
         if steps is None:
-            if total_steps is None:
-                raise BudgetError(
-                    "steps= is missing, the number of steps that unmask entries, and the number "
-                    "of training steps is not known either"
-                )
-            steps = max(1, round(self.unmask_fraction * total_steps))
+            raise BudgetError(
+                "steps= is missing, the number of steps that unmask entries, and the number "
+                "of training steps is not known either"
+            )
         return -(-steps // self.every)
 
 
@@ -110,9 +111,3 @@ class Following(Selector):
             mine = indices[owners == tensor]
             joining.append((tensor, mine, torch.zeros(len(mine))))
         return Change(joining=joining)
-
-
-def check_every(every: int) -> None:
-    """Raise BudgetError for an interval of selections below one step."""
-    if every < 1:
-        raise BudgetError(f"every must be at least 1 step, found {every}")

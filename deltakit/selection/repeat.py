@@ -12,7 +12,6 @@ from deltakit.dtypes import Array
 from deltakit.errors import BudgetError, ConfigError
 from deltakit.selection.allocation import Allocation, allocate, parse_allocation
 from deltakit.selection.heuristics import Heuristic, StepScore, resolve_heuristic
-from deltakit.selection.increment import check_every
 from deltakit.selection.methods import (
     METHODS,
     Change,
@@ -25,6 +24,7 @@ from deltakit.selection.methods import (
 )
 from deltakit.selection.pools import Pools, PoolSelector
 from deltakit.selection.precondition import check_precondition
+from deltakit.selection.schedules import check_selections, selecting_steps
 
 
 @METHODS.register("repeat", "the support is chosen anew at every selection")
@@ -54,10 +54,8 @@ class Repeat:
         check_budget(self.budget)
         parse_allocation(self.allocation)
         check_precondition(self.precondition)
-        check_every(self.every)
+        check_selections(self.every, self.unmask_fraction)
         self._score()
-        if not 0 < self.unmask_fraction <= 1:
-            raise BudgetError(f"unmask_fraction must be in (0, 1], found {self.unmask_fraction}")
 
     def start(self, scene: Scene) -> Start:
         """No support yet, and a selector."""
@@ -67,7 +65,7 @@ class Repeat:
         left = scene.left(self.budget)
         seats = allocate(self.allocation, scene.targets, scene.free(), left, scene.model)
         numels = [target.numel for target in scene.targets]
-        last = last_selection(self.steps, self.unmask_fraction, scene.total_steps)
+        last = selecting_steps(self.steps, self.unmask_fraction, scene.total_steps)
         pools = Pools(self._score(), numels, self.precondition)
         return Start(selector=Reselection(pools, left, seats, self.every, last, self.restore))
 
@@ -79,13 +77,6 @@ class Repeat:
                 "again; repeat needs one that scores gradients, such as d3, gradient or snip"
             )
         return heuristic
-
-
-def last_selection(steps: int | None, fraction: float, total_steps: int | None) -> int | None:
-    """The step before which selections end; None for as long as training goes on."""
-    if steps is None and total_steps is not None:
-        return max(1, round(fraction * total_steps))
-    return steps
 
 
 class Reselection(PoolSelector):

@@ -81,6 +81,24 @@ def unmasking_plan(
     return plan
 
 
+def check_selections(every: int, unmask_fraction: float) -> None:
+    """Raise BudgetError for an interval below one step, or a share of the steps outside (0, 1]."""
+    if every < 1:
+        raise BudgetError(f"every must be at least 1 step, found {every}")
+    if not 0 < unmask_fraction <= 1:
+        raise BudgetError(f"unmask_fraction must be in (0, 1], found {unmask_fraction}")
+
+
+def selecting_steps(steps: int | None, fraction: float, total_steps: int | None) -> int | None:
+    """The steps from the first on that may select: `steps`, or a share of all training steps.
+
+    None where neither is known.
+    """
+    if steps is None and total_steps is not None:
+        return max(1, round(fraction * total_steps))
+    return steps
+
+
 def _cumulative(schedule: str | Schedule | Sequence[int], budget: int, steps: int) -> Array:
     if not isinstance(schedule, str) and not callable(schedule):
         counts = np.asarray(schedule, np.int64)
