@@ -93,9 +93,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("flags", nargs="*", help="flags of deltakit train, after --")
-    options = parser.parse_args()
-    key = {name: getattr(options, name) for name in ("row", "lr", "seed", "flags")}
+    told = sys.argv[1:]
+    cut = told.index("--") if "--" in told else len(told)
+    options, flags = parser.parse_args(told[:cut]), told[cut + 1 :]
+    key = {"row": options.row, "lr": options.lr, "seed": options.seed, "flags": flags}
     lines = options.out / "fidelity.jsonl"
     done = map(json.loads, lines.read_text().splitlines()) if lines.exists() else ()
     if any({name: line[name] for name in key} == key for line in done):
@@ -111,7 +112,7 @@ def main() -> None:
     if options.row in PEERS:
         record = peer(options.row, given, run)
     else:
-        record = sparse(options.row, options.flags, given, run)
+        record = sparse(options.row, flags, given, run)
     line = {
         **key,
         "entries": record["budget"]["reached"],

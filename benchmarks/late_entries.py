@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import deltakit as dk
+from deltakit.training.optimizer import Age
 
 STEPS = 40
 
@@ -28,12 +29,12 @@ class Two(nn.Module):
         return self.w.sum()
 
 
-def updates(join: int, age: str) -> list[float]:
+def updates(join: int, age: Age) -> list[float]:
     """The first 40 updates of an entry that joins at step `join`."""
     model = Two()
     counts = [1, *[0] * (join - 1), 1] if join else [2]
     method = dk.Increment(budget=2, heuristic="gradient", steps=max(1, join + 1), schedule=counts)
-    tuner = dk.SparseTuner(model, method, lr=1.0, age=age)  # type: ignore[arg-type]
+    tuner = dk.SparseTuner(model, method, lr=1.0, age=age)
     found = []
     for step in range(join + STEPS):
         before = model.w.detach()[1].item()
@@ -46,8 +47,9 @@ def updates(join: int, age: str) -> list[float]:
 
 def main() -> None:
     print(f"{'joins at':>9}{'age':>8}{'first':>9}{'largest':>9}{'way / ideal':>13}")
+    ages: tuple[Age, ...] = ("shared", "entry")
     for join in (0, 10, 100, 1_000, 10_000):
-        for age in ("shared", "entry"):
+        for age in ages:
             moves = updates(join, age)
             way = sum(moves) / STEPS
             print(f"{join:9,}{age:>8}{moves[0]:9.2f}{max(moves):9.2f}{way:13.2f}")
