@@ -13,7 +13,7 @@ from torch import nn
 import deltakit as dk
 from deltakit.errors import ConfigError
 from deltakit.selection.methods import Method
-from deltakit.training.any_optimizer import reset_state
+from deltakit.training.entry_optimizer import reset_state
 from deltakit.training.optimizer_choice import optimizer_names
 
 RATE, STEPS = 0.03, 9

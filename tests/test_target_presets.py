@@ -33,9 +33,10 @@ from transformers import (
 import deltakit as dk
 from deltakit.errors import ConfigError
 from deltakit.selection.allocation import allocate
-from deltakit.training.coordinates import checkpoint_names, matching
-from deltakit.training.roles import roles
-from deltakit.training.target_presets import TARGET_PRESETS, preset_tensors
+from deltakit.selection.patterns import matching
+from deltakit.selection.roles import roles
+from deltakit.selection.target_presets import TARGET_PRESETS, preset_tensors
+from deltakit.training.coordinates import checkpoint_names
 from deltakit.training.targets import choose_targets
 
 SMALL: dict[str, Any] = {

@@ -11,6 +11,7 @@ import torch
 
 from deltakit.dtypes import Array
 from deltakit.errors import BudgetError, ConfigError
+from deltakit.selection.patterns import matching
 
 Allocation = str | Mapping[str, float]
 ALLOCATIONS = {
@@ -160,8 +161,6 @@ def _by_pattern(
     model: torch.nn.Module | None,
 ) -> Array:
     """Seats of the patterns, each handed on to the pattern's tensors in their own order."""
-    from deltakit.training.coordinates import matching  # which imports what imports selection
-
     names: dict[str, str | None] = {c.live_name: c.name for c in candidates}
     members: list[list[int]] = []
     left = list(range(len(candidates)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -11,10 +10,8 @@ import torch
 from deltakit.errors import BudgetError
 from deltakit.selection.gradient_passes import widened
 from deltakit.selection.heuristics import Measure, Measurement
-from deltakit.selection.scene import Candidate, Scene
-
-_BIAS = re.compile(r"(^|_)bias(_|$)")  # bias, in_proj_bias, bias_ih_l0
-_NORM = re.compile(r"norm|^(ln|bn)(_|\d|$)", re.IGNORECASE)
+from deltakit.selection.roles import is_bias
+from deltakit.selection.scene import Scene
 
 
 def bias_scene(scene: Scene, budget: int) -> Scene:
@@ -24,7 +21,7 @@ def bias_scene(scene: Scene, budget: int) -> Scene:
     normalisation; those are told by the module's type and by its name. Raises BudgetError when the
     biases hold fewer than `budget` free entries.
     """
-    biases = [t for t in scene.targets if _is_bias(t, scene.model)]
+    biases = [t for t in scene.targets if is_bias(t.live_name, len(t.shape), scene.model)]
     room = sum(t.numel - len(t.blocked()) for t in biases)
     if budget > room:
         raise BudgetError(
@@ -32,15 +29,6 @@ def bias_scene(scene: Scene, budget: int) -> Scene:
             "chosen; lower it to that number"
         )
     return replace(scene, targets=biases)
-
-
-def _is_bias(target: Candidate, model: torch.nn.Module | None) -> bool:
-    path, _, name = target.live_name.rpartition(".")
-    owners = [path.rpartition(".")[2]]
-    if model is not None:
-        owners.append(type(model.get_submodule(path)).__name__)
-    normalises = any(_NORM.search(owner) for owner in owners)
-    return bool(_BIAS.search(name)) and len(target.shape) == 1 and not normalises
 
 
 def never_elsewhere(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from deltakit.errors import ConfigError
+from deltakit.gradient_hooks import on_gradient
 from deltakit.selection.allocation import Allocation
 from deltakit.selection.dense_phase import DensePhase, detached, initial_weights, trainable
 from deltakit.selection.heuristics import HEURISTICS, Measurement
@@ -41,7 +42,7 @@ class ChildTuningF(DensePhase):
             base = initial_weights(scene)
             weights = trainable(base)
             for weight in weights.values():
-                weight.register_hook(self._mask)  # type: ignore[no-untyped-call]
+                on_gradient(weight, self._mask)
             groups = [{"params": list(weights.values())}]
             self.run(scene, model, calibration, weights.__getitem__, groups)
         deltas = {number: weight - base[number] for number, weight in detached(weights).items()}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from deltakit.errors import ConfigError
+from deltakit.gradient_hooks import on_gradient
 from deltakit.selection.allocation import Allocation
 from deltakit.selection.dense_phase import DensePhase, initial_weights
 from deltakit.selection.heuristics import HEURISTICS, Measurement
@@ -50,7 +52,7 @@ class DiffPruning(DensePhase):
             values = {n: torch.zeros_like(w).requires_grad_() for n, w in base.items()}
             logits = {n: torch.full_like(w, FIRST_LOGIT).requires_grad_() for n, w in base.items()}
             for logit in logits.values():
-                logit.register_hook(lambda g, a=logit: g + self._penalty_gradient(a))  # type: ignore[no-untyped-call]
+                on_gradient(logit, partial(self._penalised, logit))
 
             def weight(number: int) -> torch.Tensor:
                 noise = torch.rand_like(base[number]).clamp(1e-6, 1 - 1e-6).logit()
@@ -66,6 +68,9 @@ class DiffPruning(DensePhase):
             scores=lambda number: deltas[number].abs(),
             values=lambda number, indices: deltas[number][indices.to(deltas[number].device)],
         )
+
+    def _penalised(self, logit: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient + self._penalty_gradient(logit)
 
     def _penalty_gradient(self, logit: torch.Tensor) -> torch.Tensor:
         likely = logit.detach().sigmoid()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 
 import torch
 
 from deltakit.errors import ConfigError, TrainingError
+from deltakit.gradient_hooks import after_accumulation
 from deltakit.selection.scene import Calibration, Candidate, Scene
 
 Sums = dict[int, torch.Tensor]  # tensor number -> flat float32 [numel], float64 for float64
@@ -33,18 +35,12 @@ def taking_gradients(
     take: tensor number, gradient (flat, at least float32). To be entered inside `measuring`.
     """
 
-    def hook(number: int) -> Callable[[torch.Tensor], None]:
-        def run(parameter: torch.Tensor) -> None:
-            if parameter.grad is not None:
-                take(number, widened(parameter.grad))
-            parameter.grad = None
+    def run(number: int, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            take(number, widened(parameter.grad))
+        parameter.grad = None
 
-        return run
-
-    handles = [
-        t.parameter.register_post_accumulate_grad_hook(hook(t.number))  # type: ignore[no-untyped-call]
-        for t in targets
-    ]
+    handles = [after_accumulation(t.parameter, partial(run, t.number)) for t in targets]
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deltakit.gradient_hooks import on_gradient
 from deltakit.selection.allocation import Allocation
 from deltakit.selection.dense_phase import (
     DensePhase,
@@ -72,7 +73,7 @@ class LotteryTicket(DensePhase):
         weights = trainable(start)
         if masks is not None:
             for number, weight in weights.items():
-                weight.register_hook(lambda g, mask=masks[number]: g * mask)  # type: ignore[no-untyped-call]
+                on_gradient(weight, masks[number].mul)
         groups = [{"params": list(weights.values())}]
         self.run(scene, model, calibration, weights.__getitem__, groups)
         return detached(weights)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from deltakit.errors import ConfigError
 from deltakit.training.engine import Engine
+from deltakit.training.entry_optimizer import EntryOptimizer, forget_renewed, parameter_groups
 
 Factory = Callable[..., Optimizer]
 
@@ -19,15 +20,13 @@ Factory = Callable[..., Optimizer]
 _SEES_THE_WHOLE = ("Adafactor",)
 
 
-class AnyOptimizer(Optimizer):
+class AnyOptimizer(EntryOptimizer):
     """An optimizer made by `factory` over an engine's compact values and extras.
 
-    factory: a torch.optim class or any function (groups, lr=..., **options) -> Optimizer. Group 0
-    holds the entries' values [budget], group 1 the extras' masters; both optimizers share groups
-    and state, so learning-rate schedulers drive the inner one. Weight decay pulls the values, so
-    the weights go towards the base; it does not act on extras. Step counts are shared: an entry
-    that joins late is treated as one whose gradients were zero until then (`SparseAdamW` counts
-    each entry's own age).
+    factory: a torch.optim class or any function (groups, lr=..., **options) -> Optimizer. Both
+    optimizers share groups and state, so learning-rate schedulers drive the inner one. Step counts
+    are shared: an entry that joins late is treated as one whose gradients were zero until then
+    (`SparseAdamW` counts each entry's own age).
 
     Adafactor's root mean squares run over entries in training only. Its step is relative to the
     size of the values, which start from zero: raise its `eps[1]` (1.0 makes `lr` absolute).
@@ -46,36 +45,20 @@ class AnyOptimizer(Optimizer):
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.engine = engine
-        values = engine.entries.values
-        groups: list[dict[str, Any]] = [
-            {"params": [values], "lr": lr, "weight_decay": weight_decay}
-        ]
-        if engine.extras:
-            masters = [extra.master for extra in engine.extras]
-            groups.append({"params": masters, "lr": extras_lr, "weight_decay": 0.0})
+        groups = parameter_groups(engine, lr, extras_lr, weight_decay)
         self.inner = _make(factory, groups, lr, dict(options or {}))
         if weight_decay and "weight_decay" not in self.inner.defaults:
             raise ConfigError(f"optimizer {type(self.inner).__name__} has no weight decay")
-        self._active = values
+        self._active = engine.entries.values
         if type(self.inner).__name__ in _SEES_THE_WHOLE:
-            self._active = torch.nn.Parameter(values.data[:0])
+            self._active = torch.nn.Parameter(self._active.data[:0])
             self.inner.param_groups[0]["params"] = [self._active]
         super().__init__(self.inner.param_groups, self.inner.defaults)
         self._share()
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One training step; `closure` recomputes loss and gradients first, as in torch."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
+        """A step of the inner optimizer on what is in training."""
         engine, entries = self.engine, self.engine.entries
-        engine.finish_gradients()
         self._look_at_entries()
         forget_renewed(self, engine, self._active)
         masters = [e for e in engine.extras if e.master is not e.parameter]
@@ -85,12 +68,6 @@ class AnyOptimizer(Optimizer):
         for extra in masters:
             extra.master.grad = None
         entries.values[entries.count :] = 0  # 8-bit states know zero only roughly
-        engine.finish_step()
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of entries and extras."""
-        self.engine.clear_gradients()
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state plus the support, values and progress."""
@@ -124,29 +101,6 @@ class AnyOptimizer(Optimizer):
             if torch.is_tensor(tensor) and tensor.shape == (before,):
                 grown = torch.cat([tensor, tensor.new_zeros(count - before)])
                 self.inner.state[self._active][name] = grown
-
-
-def forget_renewed(optimizer: Optimizer, engine: Engine, values: torch.Tensor) -> None:
-    """Start anew where an entry has taken the place of another since this was called last."""
-    if len(engine.renewed):
-        reset_state(optimizer, values, engine.renewed)
-        engine.renewed = engine.renewed[:0]
-
-
-def reset_state(optimizer: Optimizer, values: torch.Tensor, slots: torch.Tensor) -> None:
-    """Set an optimizer's state of some entries to zero: every tensor shaped like `values`.
-
-    values: the parameter, [n]; slots: int64 [k]. Codes of 8-bit states are set to the one that
-    means zero in bitsandbytes' map. What an optimizer does not start from zero (Rprop's step
-    sizes, Adagrad's `initial_accumulator_value`) is zero too.
-    """
-    state = optimizer.state.get(values, {})
-    for name, tensor in state.items():
-        if torch.is_tensor(tensor) and tensor.shape == values.shape:
-            if tensor.dtype == torch.uint8:
-                tensor[slots] = state[name.replace("state", "qmap")].abs().argmin().to(tensor)
-            else:
-                tensor[slots] = 0
 
 
 def _make(

@@ -12,6 +12,7 @@ from typing import Any
 from deltakit.budget import parse_budget
 from deltakit.errors import ConfigError, nearest
 from deltakit.registry import Registry
+from deltakit.selection.target_presets import TARGET_PRESETS
 from deltakit.training.presets import PRESETS
 from deltakit.training.settings import (
     Kind,
@@ -29,7 +30,6 @@ from deltakit.training.settings import (
     whole,
     yes_or_no,
 )
-from deltakit.training.target_presets import TARGET_PRESETS
 from deltakit.training.tasks import TASKS
 from deltakit.training.text_metrics import TEXT_METRICS
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deltakit.dtypes import Array
-from deltakit.errors import ConfigError, CoordinateError, nearest
+from deltakit.errors import CoordinateError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.training.target_presets import TARGET_PRESETS, preset_tensors
 
 _OLD_ENDINGS = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 _CONFIG_KEYS = ("architectures", "id2label", "label2id", "problem_type", "vocab_size")
@@ -90,47 +87,6 @@ def _resolve(names: Sequence[str], prefix: str, checkpoint: Checkpoint) -> str |
     for new, old in _OLD_ENDINGS:
         candidates += [c.removesuffix(new) + old for c in candidates if c.endswith(new)]
     return next((c for c in candidates if c in checkpoint.tensors), None)
-
-
-def matching(
-    patterns: str | Iterable[str] | None,
-    names: Mapping[str, str | None],
-    what: str,
-    model: torch.nn.Module | None = None,
-) -> dict[str, Array | None]:
-    """Live name -> what the patterns take of that tensor: None for all of it.
-
-    names: live name -> name in the checkpoint; a pattern may match either. It is a target preset
-    of `model` ("attention-qv", see `training.target_presets`), a shell pattern ("*.query.weight")
-    or a whole part of a dotted name ("encoder", "attention.self"); no patterns at all (None) take
-    everything. A preset may take some features of a fused tensor alone: a boolean array that
-    broadcasts to its shape. Raises ConfigError for a pattern that matches nothing.
-    """
-    if patterns is None:
-        return dict.fromkeys(names)
-    found: dict[str, Array | None] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits: dict[str, Array | None]
-        if model is not None and pattern in TARGET_PRESETS:
-            hits = {n: part for n, part in preset_tensors(pattern, model).items() if n in names}
-        else:
-            hits = {n: None for n, stored in names.items() if _matches(pattern, n, stored or n)}
-        if not hits:
-            raise ConfigError(
-                f"{what} {pattern!r} matches no tensor"
-                f"{nearest(pattern, [*TARGET_PRESETS, *names])}; "
-                f"presets: {', '.join(TARGET_PRESETS)}"
-            )
-        for name, part in hits.items():
-            before = found.get(name, part)
-            found[name] = None if part is None or before is None else before | part
-    return found
-
-
-def _matches(pattern: str, *names: str) -> bool:
-    if any(c in pattern for c in "*?["):
-        return any(fnmatchcase(name, pattern) for name in names)
-    return any(f".{pattern}." in f".{name}." for name in names)
 
 
 def config_changes(model: torch.nn.Module, checkpoint: Checkpoint | None) -> dict[str, Any]:

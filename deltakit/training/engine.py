@@ -15,6 +15,7 @@ import torch
 
 from deltakit.dtypes import Array
 from deltakit.errors import TrainingError
+from deltakit.gradient_hooks import after_accumulation
 from deltakit.selection.methods import Change, Selector
 from deltakit.training.entries import Entries, Target
 from deltakit.training.entries_state import restore_state, state_of
@@ -66,7 +67,9 @@ class Engine:
         self._finished = False
         self._began = False
         self._bounds = [_weight_bounds(t.flat) for t in entries.targets] if selector else []
-        self._hooks = [_on_gradient(t.parameter, self._hook(t)) for t in entries.targets]
+        for target in entries.targets:
+            target.parameter.requires_grad_()  # torch refuses hooks on frozen tensors
+        self._hooks = [after_accumulation(t.parameter, self._hook(t)) for t in entries.targets]
         self._change_ahead()
         self._freeze_untrained()
 
@@ -264,12 +267,6 @@ class Engine:
             self._fixed.close()
         settled = not self.selecting and not self.frozen
         self._fixed = FixedSupport(self.model, self.entries) if self.model and settled else None
-
-
-def _on_gradient(parameter: torch.nn.Parameter, hook: Callable[[torch.Tensor], None]) -> Any:
-    parameter.requires_grad_()  # torch refuses hooks on frozen tensors
-    register: Any = parameter.register_post_accumulate_grad_hook  # untyped in torch
-    return register(hook)
 
 
 def _weight_bounds(flat: torch.Tensor) -> tuple[float, float]:

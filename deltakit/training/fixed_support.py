@@ -9,10 +9,11 @@ functional decoder tied to the embedding) reaches the engine's dense hook, so th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
+from deltakit.gradient_hooks import after_accumulation
 from deltakit.training.entries import Entries, Target
 from deltakit.training.gradient_path import GradientPath, embedding_path, product_path
 from deltakit.training.tapped_layer import Carried, can_tap, tap, untap
@@ -47,7 +48,7 @@ class FixedSupport:
 
     def __init__(self, model: torch.nn.Module, entries: Entries, choose: Choice = cheapest) -> None:
         self._layers: list[torch.nn.Module] = []
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
         owners: dict[int, list[torch.nn.Module]] = {}
         for module in model.modules():
             if can_tap(module):
@@ -90,6 +91,5 @@ class FixedSupport:
             entries.gradient.index_add_(0, slots, carrier.grad.to(entries.base))
             carrier.grad = None
 
-        register: Any = carrier.register_post_accumulate_grad_hook  # untyped in torch
-        self._hooks.append(register(receive))
+        self._hooks.append(after_accumulation(carrier, receive))
         return indices, carrier

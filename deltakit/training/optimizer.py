@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 
 from deltakit.errors import ConfigError
-from deltakit.training.any_optimizer import forget_renewed
 from deltakit.training.engine import Engine
+from deltakit.training.entry_optimizer import EntryOptimizer, forget_renewed, parameter_groups
 
 Age = Literal["entry", "shared"]
 
 
-class SparseAdamW(torch.optim.Optimizer):
+class SparseAdamW(EntryOptimizer):
     """AdamW (Loshchilov and Hutter 2019) on the entries and extras of an engine.
 
-    Group 0 holds the entries' compact values, group 1 the extras, so that learning-rate
-    schedulers drive both. Bias correction counts per entry from its unmasking (`age="entry"`,
-    as in SpIEL, Ansell et al. 2024); `age="shared"` counts all steps, as the ID3 toolkit does.
-    Weight decay is decoupled and acts on the delta, so it pulls towards the base; it does not
-    act on extras. Extras of a 16-bit dtype are trained in float32 and rounded into the model.
-
-    `step` first selects and clips (`Engine.finish_gradients`), then updates, then writes through.
+    Bias correction counts per entry from its unmasking (`age="entry"`, as in SpIEL, Ansell et al.
+    2024); `age="shared"` counts all steps, as the ID3 toolkit does. Weight decay is decoupled.
+    Extras of a 16-bit dtype are trained in float32 and rounded into the model.
     """
 
     def __init__(
@@ -42,27 +38,12 @@ class SparseAdamW(torch.optim.Optimizer):
         if lr < 0 or extras_lr < 0 or weight_decay < 0:
             raise ConfigError("learning rates and weight decay must not be negative")
         self.engine = engine
-        groups: list[dict[str, Any]] = [
-            {"params": [engine.entries.values], "lr": lr, "weight_decay": weight_decay}
-        ]
-        if engine.extras:
-            masters = [extra.master for extra in engine.extras]
-            groups.append({"params": masters, "lr": extras_lr, "weight_decay": 0.0})
+        groups = parameter_groups(engine, lr, extras_lr, weight_decay)
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "age": age})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One training step; `closure` recomputes loss and gradients first, as in torch."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
+        """Adam on the entries in training and on the extras that got a gradient."""
         engine, entries = self.engine, self.engine.entries
-        engine.finish_gradients()
         forget_renewed(self, engine, entries.values)
         active = slice(0, entries.count)
         group = self.param_groups[0]
@@ -77,12 +58,6 @@ class SparseAdamW(torch.optim.Optimizer):
                 extra.updates += 1
                 group = self.param_groups[1]
                 _adamw(extra.master, extra.gradient, state, extra.updates, group, slice(None))
-        engine.finish_step()
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of entries and extras."""
-        self.engine.clear_gradients()
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state plus the support, values and progress: all that resuming needs."""

@@ -24,7 +24,7 @@ _PROJECTIONS = {
 _FUSED = ("c_attn", "qkv_proj", "in_proj", "qkv", "query_key_value", "Wqkv", "W_pack")
 _ROLES = {name: role for role, names in _PROJECTIONS.items() for name in names}
 _NORM = re.compile(r"norm|^(ln|bn)(_|\d|$)", re.IGNORECASE)
-_BIAS = re.compile(r"(^|_)bias(_|$)")  # bias, q_bias, in_proj_bias
+_BIAS = re.compile(r"(^|_)bias(_|$)")  # bias, q_bias, in_proj_bias, bias_ih_l0
 
 Spans = list[tuple[int, int]]  # [start, stop) along the output features
 
@@ -71,6 +71,17 @@ def roles(model: torch.nn.Module) -> dict[str, Role]:
 def is_a(module: Any, *names: str) -> bool:
     """Whether the module's class, or one it derives from, has one of these names."""
     return any(kind.__name__ in names for kind in type(module).__mro__)
+
+
+def is_bias(name: str, ndim: int, model: torch.nn.Module | None) -> bool:
+    """Whether a tensor of this live name is the bias vector of a layer that is no normalisation.
+
+    Without a model the owner's type is not known, and its name alone tells normalisations.
+    """
+    path, _, leaf = name.rpartition(".")
+    owner = "" if model is None else type(model.get_submodule(path)).__name__
+    normalises = _NORM.search(path.rpartition(".")[2]) or _NORM.search(owner)
+    return ndim == 1 and bool(_BIAS.search(leaf)) and not normalises
 
 
 def _role(name: str, parameter: torch.nn.Parameter, modules: Mapping[str, Any]) -> Role:
