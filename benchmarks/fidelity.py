@@ -52,8 +52,8 @@ def sparse(row: str, flags: list[str], given: dict[str, Any], run: Path) -> dict
     return {**record, "test": test["metrics"][METRIC]}
 
 
-def peer(row: str, given: dict[str, Any], run: Path) -> dict[str, Any]:
-    """Train a peer in this process, which does nothing else."""
+def peer(row: str, flags: list[str], given: dict[str, Any], run: Path) -> dict[str, Any]:
+    """Train a peer in this process, which does nothing else. flags: pairs of `--name value`."""
     from deltakit.training.collate import Examples
     from deltakit.training.config_file import resolve
     from deltakit.training.peer_run import train_peer
@@ -62,6 +62,8 @@ def peer(row: str, given: dict[str, Any], run: Path) -> dict[str, Any]:
 
     rate = given.pop("lr", None) or RATES.get(row, 1e-3)
     own = {"method": "random", "output_dir": str(run), "head_lr" if row == "head" else "lr": rate}
+    names = [flag.removeprefix("--").replace("-", "_") for flag in flags[::2]]
+    own |= dict(zip(names, flags[1::2], strict=True))
     config = resolve(given, own)
     held_out = prepare(resolve(given, {**own, "validation_split": "test"}), lambda text: None)
     test = Examples(held_out.examples["validation"])
@@ -108,9 +110,10 @@ def main() -> None:
     given = {**SETTINGS, "model": str(docstrings.minilm_directory()), "data": str(data)}
     given |= {"seed": options.seed, "threads": options.threads}
     given |= {} if options.lr is None else {"lr": options.lr}
-    run = options.out / "run" / f"{options.row}-{options.lr}-{options.seed}".replace(" ", "_")
+    parts = [options.row, options.lr, options.seed, *flags]
+    run = options.out / "run" / "_".join(str(part).replace(" ", "-") for part in parts)
     if options.row in PEERS:
-        record = peer(options.row, given, run)
+        record = peer(options.row, flags, given, run)
     else:
         record = sparse(options.row, flags, given, run)
     line = {

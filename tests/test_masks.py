@@ -399,7 +399,7 @@ def test_what_is_no_mask_is_refused(make: Callable[[], Method], message: str) ->
         make()
 
 
-def test_settings_reach_the_masks() -> None:
+def test_settings_reach_the_masks(tmp_path: Path) -> None:
     """By their names on the command line; a mask's own seed wins over the run's."""
     needed = {"model": "m", "data": "d", "task": "causal-lm", "budget": 40, "output_dir": "o"}
 
@@ -411,11 +411,17 @@ def test_settings_reach_the_masks() -> None:
     assert made(method="blocks", block_size="8") == dk.BlockMask(budget=40, block_size=8)
     chosen = made(method="n:m", n=1, m=8, pick="largest", seed=3, mask_seed=5)
     assert chosen == dk.NMMask(budget=40, n=1, m=8, pick="largest", seed=5)
-    assert made(method="mask", mask="a.sdelta") == dk.UserMask(mask="a.sdelta", budget=40)
+    given = str(tmp_path / "a.sdelta")
+    dk.save(_delta(_net(), dk.RandomMask(budget=7)), given)
+    user = made(method="mask", mask=given)
+    assert isinstance(user, dk.UserMask)
+    assert user.budget == 40
+    assert isinstance(user.mask, dk.SparseDelta)  # read here, before any model is
+    assert user.mask.nnz == 7
     with pytest.raises(ConfigError, match="block_size does not apply to method rows"):
         made(method="rows", block_size=8)
     with pytest.raises(ConfigError, match="mask_seed does not apply to method mask"):
-        made(method="mask", mask="a.sdelta", mask_seed=8)
+        made(method="mask", mask=given, mask_seed=8)
     with pytest.raises(ConfigError, match="method mask needs setting mask; give --mask"):
         made(method="mask")
     allocations = ["uniform", "attention=0.5,mlp=0.5", {"attention": 0.5, "mlp": 0.5}]

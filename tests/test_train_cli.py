@@ -87,6 +87,7 @@ def test_files_of_a_run(run: Path) -> None:
         "budget.png",
         "config.yaml",
         "delta.sdelta",
+        "density.png",
         "log.jsonl",
         "metrics.json",
         "unmasking.png",
@@ -120,6 +121,42 @@ def test_metrics_file(run: Path) -> None:
     assert found["splits"]["validation_rows"] == 12
     assert found["preset"] == "id3-default"
     assert set(found["versions"]) >= {"deltakit", "torch", "transformers", "python"}
+
+
+def test_a_run_tells_how_far_its_deltas_went(run: Path) -> None:
+    """One distance per file, over the density in all of the base."""
+    found = _metrics(run)
+    rows = found["analyses"]["travelled"]
+    assert [row["entries"] for row in rows] == [100, 200, 300]
+    assert rows[-1]["density"] == 300 / found["budget"]["base_weights"]
+    assert rows[-1]["distance"] == found["analyses"]["distance"]
+    assert 0 < rows[0]["distance"] < rows[-1]["distance"]
+    assert found["analyses"]["hessian"] == []
+
+
+def test_hessian_norms_of_a_run(bert: Path, colours: Path, tmp_path: Path) -> None:
+    """Rising numbers of entries, the support itself last; the run's bits are as without."""
+    runs = {told: tmp_path / told for told in ("true", "false")}
+    for told, run in runs.items():
+        flags = _flags(bert, colours, run, method="random", epochs=1, hessian=told)
+        result = _deltakit("train", *flags)
+        assert result.exit_code == 0, result.output
+    rows = _metrics(runs["true"])["analyses"]["hessian"]
+    assert [row["entries"] for row in rows] == [4, 18, 75, 300]
+    assert 0 < rows[0]["norm"] < rows[-1]["norm"]
+    assert (runs["true"] / "density.png").read_bytes().startswith(b"\x89PNG")
+    assert not (runs["false"] / "density.png").exists()
+    one, other = (load(run / "delta.sdelta") for run in runs.values())
+    assert all((t.values == other.tensors[n].values).all() for n, t in one.tensors.items())
+
+
+def test_a_mask_that_is_missing_leaves_nothing(bert: Path, colours: Path, tmp_path: Path) -> None:
+    """What the method needs is read before the folder is made."""
+    flags = _flags(bert, colours, tmp_path / "run", method="mask", mask=tmp_path / "none.sdelta")
+    result = _deltakit("train", *flags)
+    assert result.exit_code == 1
+    assert "none.sdelta" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_best_delta_is_the_one_of_the_best_evaluation(run: Path, bert: Path, colours: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from deltakit.dtypes import Array
 from deltakit.errors import BudgetError, ConfigError
-from deltakit.selection.patterns import matching
+from deltakit.targets.patterns import matching
 
 Allocation = str | Mapping[str, float]
 ALLOCATIONS = {

@@ -10,8 +10,8 @@ import torch
 from deltakit.errors import BudgetError
 from deltakit.selection.gradient_passes import widened
 from deltakit.selection.heuristics import Measure, Measurement
-from deltakit.selection.roles import is_bias
 from deltakit.selection.scene import Scene
+from deltakit.targets.roles import is_bias
 
 
 def bias_scene(scene: Scene, budget: int) -> Scene:

@@ -9,8 +9,8 @@ import numpy as np
 from deltakit.dtypes import Array
 from deltakit.errors import ConfigError
 from deltakit.selection.methods import METHODS, Candidate, Scene, Start, check_budget
-from deltakit.selection.roles import ATTENTION, Role, Spans, roles
 from deltakit.selection.units import NONE, Units, check_order, ordered, take_units
+from deltakit.targets.roles import ATTENTION, Role, Spans, roles
 
 
 @METHODS.register("heads", "whole attention heads", "structured masking, Xu and Zhang 2024")

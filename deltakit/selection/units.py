@@ -13,7 +13,7 @@ from deltakit.errors import BudgetError, ConfigError
 from deltakit.formats.seeded import philox_words
 from deltakit.selection.allocation import seats
 from deltakit.selection.methods import Candidate, Chosen, Scene, Start, refuse_marks
-from deltakit.selection.roles import is_a
+from deltakit.targets.roles import is_a
 
 if TYPE_CHECKING:
     import torch

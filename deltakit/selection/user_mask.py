@@ -35,6 +35,10 @@ class UserMask:
     mask: str | os.PathLike[str] | SparseDelta | Mapping[str, Any] | MaskFunction
     budget: int | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.mask, (str, os.PathLike)):
+            object.__setattr__(self, "mask", load(self.mask))
+
     def resolve(self, scene: Scene) -> FixedSupport:
         """The support found; BudgetError where it is empty or of another size than `budget`.
 
@@ -42,8 +46,7 @@ class UserMask:
         indices out of range, repeated, or in entries that are taken or must not be chosen.
         """
         support = self.mask
-        if isinstance(support, (str, os.PathLike)):
-            support = load(support)
+        assert not isinstance(support, (str, os.PathLike))  # read when the method was made
         if isinstance(support, SparseDelta):
             chosen = _of_delta(support, scene)
         elif isinstance(support, Mapping):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from deltakit.analyses import UnmaskingHistory, distances, total_distance, unmasking_history
 from deltakit.delta import SparseDelta
 from deltakit.errors import DeltaError
-from deltakit.formats.atomic import replacing
+from deltakit.training.figures import can_draw, drawn
 
 _POINTS = 33  # steps told of a run's history: every 32nd part of the time until the last entry
 _LINES = 12  # kinds of tensor drawn one by one; the rest is drawn together
@@ -59,30 +58,23 @@ def plot_unmasking(found: Mapping[str, Any], path: Path) -> bool:
     """
     history = found["history"]
     steps = history["steps"]
-    if len(steps) < 2 or find_spec("matplotlib") is None:
+    if len(steps) < 2 or not can_draw():
         return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    kinds = sorted(history["kinds"].items(), key=lambda item: -item[1][-1])
-    for kind, counts in kinds[:_LINES]:
-        left.plot(steps, counts, label=kind)
-    if kinds[_LINES:]:
-        rest = np.sum([counts for _, counts in kinds[_LINES:]], axis=0)
-        left.plot(steps, rest, "k:", label=f"{len(kinds) - _LINES} other kinds")
-    left.set_xlabel("step")
-    left.set_ylabel("entries")
-    left.legend(fontsize="xx-small")
-    right.plot(steps, history["tensor_sparsity"], label="tensor sparsity")
-    right.plot(steps, history["sparsity_entropy"], label="sparsity entropy")
-    right.set_xlabel("step")
-    right.set_ylim(0, 1.02)
-    right.legend(fontsize="small")
-    for axes in (left, right):
-        axes.grid(visible=True, alpha=0.3)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    with drawn(path, 11, 4.5, 2) as [left, right]:
+        kinds = sorted(history["kinds"].items(), key=lambda item: -item[1][-1])
+        for kind, counts in kinds[:_LINES]:
+            left.plot(steps, counts, label=kind)
+        if kinds[_LINES:]:
+            rest = np.sum([counts for _, counts in kinds[_LINES:]], axis=0)
+            left.plot(steps, rest, "k:", label=f"{len(kinds) - _LINES} other kinds")
+        left.set_xlabel("step")
+        left.set_ylabel("entries")
+        left.legend(fontsize="xx-small")
+        right.plot(steps, history["tensor_sparsity"], label="tensor sparsity")
+        right.plot(steps, history["sparsity_entropy"], label="sparsity entropy")
+        right.set_xlabel("step")
+        right.set_ylim(0, 1.02)
+        right.legend(fontsize="small")
     return True
 
 

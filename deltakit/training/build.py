@@ -17,8 +17,9 @@ from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import load
-from deltakit.selection.patterns import matching
+from deltakit.selection.methods import Method
 from deltakit.selection.recipe import make_method
+from deltakit.targets.patterns import matching
 from deltakit.training.collate import Collator, Examples
 from deltakit.training.config import METHOD_SETTINGS, TrainConfig
 from deltakit.training.coordinates import checkpoint_names
@@ -42,23 +43,34 @@ _REMEMBERED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Deltas:
-    """The deltas that a run starts from and keeps clear of, read before the model."""
+class Plan:
+    """What a run trains, read and checked before the model is loaded or anything is written.
 
+    marks: budgets of checkpoints, rising, all below the method's. init, avoid: the deltas that the
+    run goes on from and keeps clear of.
+    """
+
+    method: Method
+    marks: list[int]
     init: SparseDelta | None
     avoid: list[SparseDelta]
 
     @classmethod
-    def read(cls, config: TrainConfig) -> Deltas:
-        """Read and check the files that the settings name."""
-        init = None if config.init_delta is None else load(config.init_delta)
-        return cls(init, [load(path) for path in config.avoid])
+    def of(cls, config: TrainConfig, base: Checkpoint) -> Plan:
+        """The plan of these settings; raises the typed errors of settings and files."""
+        budget, marks = config.budgets(base.total_weights)
+        return cls(
+            make_method(config.method, budget, config.method_settings()),
+            [mark for mark in marks if mark < budget],
+            None if config.init_delta is None else load(config.init_delta),
+            [load(path) for path in config.avoid],
+        )
 
 
 def build_trainer(
     config: TrainConfig,
     prepared: Prepared,
-    deltas: Deltas,
+    plan: Plan,
     base: Checkpoint,
     folder: RunFolder,
     *,
@@ -68,24 +80,23 @@ def build_trainer(
 
     torch's global generator is seeded first, because a new head is drawn from it.
     """
-    budget, marks = config.budgets(base.total_weights)
     transformers.set_seed(config.seed)
     model = load_model(prepared.located, prepared.config, prepared.problem, config.dtype)
     trainer = SparseTrainer(
         model,
         arguments(config, folder, len(prepared.examples["train"])),
-        method=make_method(config.method, budget, config.method_settings()),
+        method=plan.method,
         target=config.target or None,
         exclude=exclusions(config, model, base),
         extras=config.extras,
         extras_lr=config.head_lr,
-        checkpoint_budgets=[mark for mark in marks if mark < budget],
+        checkpoint_budgets=plan.marks,
         age=config.age,
         optimizer=config.optimizer,
         optimizer_options=dict(parse_option(given) for given in config.optimizer_options),
         base=base,
-        init_delta=deltas.init,
-        avoid=deltas.avoid,
+        init_delta=plan.init,
+        avoid=plan.avoid,
         model_id=prepared.located.model_id,
         revision=prepared.located.revision,
         config=_config_changes(prepared.changes, model),

@@ -7,18 +7,18 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from deltakit.budget import format_bytes
 from deltakit.errors import ConfigError, nearest
-from deltakit.formats.atomic import replacing, write_bytes
+from deltakit.formats.atomic import write_bytes
 from deltakit.selection import METHODS
 from deltakit.selection.recipe import settings_of
 from deltakit.training.cells import Cell, run_cells
 from deltakit.training.config import METHOD_SETTINGS
 from deltakit.training.config_file import resolve
+from deltakit.training.figures import can_draw, drawn
 from deltakit.training.peers import PEERS, RATES
 from deltakit.training.prepare import Say
 from deltakit.training.presets import PRESETS
@@ -196,24 +196,18 @@ def _csv(found: Mapping[str, Any]) -> str:
 def _plot(found: Mapping[str, Any], path: Path) -> bool:
     """Draw every run as a point and every method's mean and deviation; False without matplotlib."""
     rows = [row for row in found["methods"] if row["mean"] is not None]
-    if not rows or find_spec("matplotlib") is None:
+    if not rows or not can_draw():
         return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2 + 0.8 * len(rows), 4), layout="constrained")
-    axes = figure.add_subplot()
-    places = range(len(rows))
-    deviations = [row["deviation"] or 0.0 for row in rows]
-    axes.errorbar(places, [row["mean"] for row in rows], deviations, fmt="o", capsize=4)
-    for place, row in zip(places, rows, strict=True):
-        values = [run["value"] for run in row["runs"] if "value" in run]
-        axes.plot([place + 0.15] * len(values), values, "k.", markersize=3)
-    axes.set_xticks(places, [row["method"] for row in rows], rotation=30, ha="right")
-    axes.set_ylabel(found["metric"])
-    axes.set_title(f"{found['task']}, {found['budget']} entries")
-    axes.grid(visible=True, axis="y", alpha=0.3)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    with drawn(path, 2 + 0.8 * len(rows), 4) as [axes]:
+        places = range(len(rows))
+        deviations = [row["deviation"] or 0.0 for row in rows]
+        axes.errorbar(places, [row["mean"] for row in rows], deviations, fmt="o", capsize=4)
+        for place, row in zip(places, rows, strict=True):
+            values = [run["value"] for run in row["runs"] if "value" in run]
+            axes.plot([place + 0.15] * len(values), values, "k.", markersize=3)
+        axes.set_xticks(places, [row["method"] for row in rows], rotation=30, ha="right")
+        axes.set_ylabel(found["metric"])
+        axes.set_title(f"{found['task']}, {found['budget']} entries")
     return True
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from deltakit.budget import parse_budget
 from deltakit.errors import ConfigError, nearest
 from deltakit.registry import Registry
-from deltakit.selection.target_presets import TARGET_PRESETS
+from deltakit.targets.presets import TARGET_PRESETS
 from deltakit.training.presets import PRESETS
 from deltakit.training.settings import (
     Kind,
@@ -310,6 +310,12 @@ class TrainConfig:
     )
     max_new_tokens: int = setting(
         64, whole(1), EVALUATION, "tokens that the model writes for generate_metrics at most"
+    )
+    hessian: bool | None = setting(
+        None,
+        yes_or_no(),
+        EVALUATION,
+        "measure the Hessian's norm on the support and on parts of it, at the end",
     )
     early_stopping_patience: int | None = setting(
         None, whole(1), EVALUATION, "evaluations without a better metric before training stops"

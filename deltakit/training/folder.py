@@ -12,7 +12,11 @@ from deltakit.training.config import TrainConfig
 from deltakit.training.config_file import read_file, resolve
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-HARMLESS = ("logging_steps", "save_steps")  # may change on resuming: no bit depends on them
+HARMLESS = (
+    "logging_steps",
+    "save_steps",
+    "hessian",
+)  # may change on resuming: no bit depends on them
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,11 @@ class RunFolder:
         return self.path / "unmasking.png"
 
     @property
+    def density_plot(self) -> Path:
+        """Hessian norm and distance against density, where matplotlib is installed."""
+        return self.path / "density.png"
+
+    @property
     def lr(self) -> Path:
         """What the sweep for the learning rate found."""
         return self.path / "lr.json"
@@ -85,7 +94,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Make the folder, without anything that an earlier run wrote."""
-        others = (self.config, self.log, self.plot, self.unmasking_plot, self.lr, self.lr_plot)
+        plots = (self.plot, self.unmasking_plot, self.density_plot, self.lr_plot)
+        others = (self.config, self.log, self.lr, *plots)
         for path in [*self._results(), *(path for path in others if path.exists())]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.path.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import torch
 
 from deltakit.errors import DataError, OutputExistsError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.training.build import Deltas, build_trainer
+from deltakit.training.build import Plan, build_trainer
 from deltakit.training.calibration import TrainerCalibration
 from deltakit.training.config import TrainConfig
 from deltakit.training.config_file import write_file
@@ -94,9 +94,9 @@ def find_for(config: TrainConfig, *, force: bool, say: Say) -> Found:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     prepared = prepare(config, say)
-    deltas = Deltas.read(config)
     base = Checkpoint(with_weights(prepared.located).folder)
-    trainer = build_trainer(config, prepared, deltas, base, folder, quiet=True)
+    plan = Plan.of(config, base)
+    trainer = build_trainer(config, prepared, plan, base, folder, quiet=True)
     search = trainer.find_lr(seed=config.seed, say=_teller(say))
     found = Found(search, _lambda_max(trainer, search, config.seed))
     folder.path.mkdir(parents=True, exist_ok=True)

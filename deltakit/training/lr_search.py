@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -14,8 +13,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from deltakit.errors import ConfigError, TrainingError
-from deltakit.formats.atomic import replacing, write_bytes
+from deltakit.formats.atomic import write_bytes
 from deltakit.selection.scene import Calibration
+from deltakit.training.figures import can_draw, drawn
 from deltakit.training.lr_trial import MakeTuner, Support, Trial, density_of, run_trial
 
 SMALLEST, LARGEST = 1e-8, 10.0  # rates outside are not tried
@@ -59,20 +59,15 @@ class LrSearch:
 
     def plot(self, path: str | PathLike[str]) -> bool:
         """Draw loss against rate as PNG; False without matplotlib."""
-        if find_spec("matplotlib") is None:
+        if not can_draw():
             return False
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.add_subplot()
         kept = [trial for trial in self.trials if trial.held_out]
-        axes.plot([t.rate for t in kept], [t.loss for t in kept], "o-")
-        axes.axvline(self.rate, linestyle="--", color="gray")
-        axes.set(xscale="log", xlabel="learning rate", ylabel=f"held-out loss, {self.steps} steps")
-        axes.set_title(f"chosen: {self.rate:.2e}")
-        axes.grid(visible=True, alpha=0.3)
-        with replacing(Path(path)) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
+        with drawn(Path(path), 6, 4) as [axes]:
+            axes.plot([t.rate for t in kept], [t.loss for t in kept], "o-")
+            axes.axvline(self.rate, linestyle="--", color="gray")
+            axes.set(xscale="log", xlabel="learning rate")
+            axes.set_ylabel(f"held-out loss, {self.steps} steps")
+            axes.set_title(f"chosen: {self.rate:.2e}")
         return True
 
 

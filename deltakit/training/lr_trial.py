@@ -95,7 +95,7 @@ def _step(tuner: SparseTuner, batches: Sequence[Any], loss: Loss) -> float:
     total = 0.0
     for batch in batches:
         part = loss(tuner.model, batch) / len(batches)
-        part.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(part)
         total += part.item()
     tuner.step()
     return total

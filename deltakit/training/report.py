@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from deltakit.budget import format_bytes
-from deltakit.formats.atomic import replacing, write_bytes
+from deltakit.formats.atomic import write_bytes
+from deltakit.training.figures import can_draw, drawn
 from deltakit.training.watch import finite
 
 _NUMBERS = re.compile(r"\[\n([-+.,\w\s]*)\]")  # a list of numbers, which goes on one line
@@ -66,19 +66,13 @@ def plot(record: Mapping[str, Any], path: Path) -> bool:
         for result in [*record["marks"], record["final"]]
         if metric in result["metrics"]
     ]
-    if not points or find_spec("matplotlib") is None:
+    if not points or not can_draw():
         return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(*zip(*points, strict=True), "o-")
-    axes.set_xlabel("entries")
-    axes.set_ylabel(metric)
-    axes.set_title(f"{record['method']}, {record['task']}")
-    axes.grid(visible=True, alpha=0.3)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    with drawn(path, 6, 4) as [axes]:
+        axes.plot(*zip(*points, strict=True), "o-")
+        axes.set_xlabel("entries")
+        axes.set_ylabel(metric)
+        axes.set_title(f"{record['method']}, {record['task']}")
     return True
 
 

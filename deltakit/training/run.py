@@ -16,9 +16,10 @@ from deltakit import __version__
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import save
 from deltakit.training.analysis_report import analyses, plot_unmasking
-from deltakit.training.build import Deltas, build_trainer
+from deltakit.training.build import Plan, build_trainer
 from deltakit.training.config import TrainConfig
 from deltakit.training.config_file import write_file
+from deltakit.training.density_report import hessian_norms, plot_density, travelled
 from deltakit.training.folder import RunFolder
 from deltakit.training.lr_run import known_rate, settle_rate
 from deltakit.training.memory import PeakMemory
@@ -67,13 +68,12 @@ def train(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     prepared = prepare(config, say)
-    deltas = Deltas.read(config)
     base = Checkpoint(with_weights(prepared.located).folder)
-    config.budgets(base.total_weights)  # refused before the model is loaded
+    plan = Plan.of(config, base)
     if not resume:
         folder.clear()
         write_file(config, folder.config)
-    trainer = build_trainer(config, prepared, deltas, base, folder, quiet=quiet)
+    trainer = build_trainer(config, prepared, plan, base, folder, quiet=quiet)
     config = settle_rate(config, trainer, folder, say)
     memory, training = PeakMemory(), time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -88,7 +88,9 @@ def train(
     record = _results(config, prepared, base, trainer, folder)
     record |= {**cost, "seconds": round(time.monotonic() - started, 3)}
     plot(record, folder.plot)
-    plot_unmasking(record["analyses"], folder.unmasking_plot)
+    found = record["analyses"]
+    plot_unmasking(found, folder.unmasking_plot)
+    plot_density(found["hessian"], found["travelled"], folder.density_plot)
     write_metrics(record, folder.metrics)
     folder.drop_checkpoints()
     return Outcome(record, None, trainer.state.global_step)
@@ -112,6 +114,14 @@ def _results(
             entries = int(record["budget_entries"])
             result = _result(record, int(record["step"]), names, trainer.budget_path(entries))
             marks.append({"entries": entries, **result})
+    files = {mark["entries"]: Path(mark["path"]) for mark in marks} | {delta.nnz: folder.delta}
+    shapes = {target.name: target.shape for target in trainer.tuner.engine.entries.targets}
+    total = base.total_weights
+    found = {
+        **analyses(delta, shapes),
+        "travelled": travelled(files, total),
+        "hessian": hessian_norms(trainer, total, config.seed) if config.hessian else [],
+    }
     watcher = next(c for c in trainer.callback_handler.callbacks if isinstance(c, BestDelta))
     best = watcher.best()
     return {
@@ -130,9 +140,7 @@ def _results(
             "base_weights": base.total_weights,
         },
         "extras": {"weights": delta.extra_weights, "names": list(delta.extras)},
-        "analyses": analyses(
-            delta, {t.name: t.shape for t in trainer.tuner.engine.entries.targets}
-        ),
+        "analyses": found,
         "marks": marks,
         "final": {"entries": delta.nnz, **last},
         "best": None if best is None else _result(best, best["step"], names, folder.best),

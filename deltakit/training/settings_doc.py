@@ -15,7 +15,7 @@ from deltakit.selection import HEURISTICS, METHODS
 from deltakit.selection.allocation import ALLOCATIONS
 from deltakit.selection.recipe import settings_of
 from deltakit.selection.schedules import SCHEDULES
-from deltakit.selection.target_presets import TARGET_PRESETS
+from deltakit.targets.presets import TARGET_PRESETS
 from deltakit.training.config import METHOD_SETTINGS, REQUIRED, TrainConfig, describe
 from deltakit.training.peers import PEERS
 from deltakit.training.presets import PRESETS

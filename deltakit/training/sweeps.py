@@ -6,14 +6,14 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from deltakit.errors import ConfigError
-from deltakit.formats.atomic import replacing, write_bytes
+from deltakit.formats.atomic import write_bytes
 from deltakit.training.cells import Cell, run_cells
 from deltakit.training.config_file import resolve
+from deltakit.training.figures import can_draw, drawn
 from deltakit.training.prepare import Say
 from deltakit.training.watch import finite
 
@@ -100,20 +100,14 @@ def _csv(points: Sequence[Mapping[str, Any]]) -> str:
 def _plot(found: Mapping[str, Any], path: Path) -> bool:
     """Draw the metric against exp, one line per eps; False where nothing could be drawn."""
     known = [point for point in found["points"] if point["value"] is not None]
-    if not known or find_spec("matplotlib") is None:
+    if not known or not can_draw():
         return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for eps in dict.fromkeys(point["eps"] for point in known):
-        line = sorted((p["exp"], p["value"]) for p in known if p["eps"] == eps)
-        axes.plot(*zip(*line, strict=True), "o-", label=f"eps {eps:g}")
-    axes.set_xlabel("exp")
-    axes.set_ylabel(found["metric"])
-    axes.set_title(f"{found['method']}, {found['task']}, {found['budget']} entries")
-    axes.legend()
-    axes.grid(visible=True, alpha=0.3)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    with drawn(path, 6, 4) as [axes]:
+        for eps in dict.fromkeys(point["eps"] for point in known):
+            line = sorted((p["exp"], p["value"]) for p in known if p["eps"] == eps)
+            axes.plot(*zip(*line, strict=True), "o-", label=f"eps {eps:g}")
+        axes.set_xlabel("exp")
+        axes.set_ylabel(found["metric"])
+        axes.set_title(f"{found['method']}, {found['task']}, {found['budget']} entries")
+        axes.legend()
     return True

@@ -9,7 +9,7 @@ import torch
 
 from deltakit.dtypes import Array
 from deltakit.errors import ConfigError
-from deltakit.selection.patterns import matching
+from deltakit.targets.patterns import matching
 from deltakit.training.entries import Target
 
 _TRAINABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

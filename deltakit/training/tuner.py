@@ -45,7 +45,7 @@ class SparseTuner:
     extras' own rate (lr by default). optimizer: "adamw" (`SparseAdamW`, which takes betas, adam_eps
     and age), the name of another, a torch.optim class or a function that makes an optimizer
     (see `AnyOptimizer`); optimizer_options: its own arguments.
-    target, exclude: patterns or presets (`selection.patterns.matching`) for tensors that may be
+    target, exclude: patterns or presets (`targets.patterns.matching`) for tensors that may be
     trained; all floating-point tensors by default. extras: patterns for tensors trained densely,
     outside the budget; tensors that the base lacks and buffers that training changes (BatchNorm
     statistics) always are extras.

@@ -12,7 +12,7 @@ import numpy as np
 
 from deltakit.dtypes import Array
 from deltakit.errors import ConfigError
-from deltakit.selection.roles import Role, roles
+from deltakit.targets.roles import Role, roles
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from deltakit.dtypes import Array
 from deltakit.errors import ConfigError, nearest
-from deltakit.selection.target_presets import TARGET_PRESETS, preset_tensors
+from deltakit.targets.presets import TARGET_PRESETS, preset_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ def matching(
     """Live name -> what the patterns take of that tensor: None for all of it.
 
     names: live name -> name in the checkpoint; a pattern may match either. It is a target preset
-    of `model` ("attention-qv", see `selection.target_presets`), a shell pattern ("*.query.weight")
+    of `model` ("attention-qv", see `targets.presets`), a shell pattern ("*.query.weight")
     or a whole part of a dotted name ("encoder", "attention.self"); no patterns at all (None) take
     everything. A preset may take some features of a fused tensor alone: a boolean array that
     broadcasts to its shape. Raises ConfigError for a pattern that matches nothing.
