@@ -25,7 +25,6 @@ SETTINGS: Mapping[str, Any] = {
     "epochs": 3,
     "batch_size": 32,
     "max_length": 48,
-    "head_lr": 5e-3,  # the head alone, shown beside the deltas, needs it to do its best
     "eval_strategy": "budget",
     "threads": 1,  # so small a model loses more to the threads' meeting than it gains
 }

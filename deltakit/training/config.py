@@ -252,7 +252,7 @@ class TrainConfig:
         OPTIMIZATION,
         "learning rate of the entries; auto finds it by a short sweep",
     )
-    head_lr: float = setting(1e-3, real(above=True), OPTIMIZATION, "learning rate of the extras")
+    head_lr: float = setting(5e-3, real(above=True), OPTIMIZATION, "learning rate of the extras")
     optimizer: str = setting(
         "adamw", choice(_optimizers), OPTIMIZATION, "adamw, adamw8bit or one of torch.optim"
     )

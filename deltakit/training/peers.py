@@ -29,7 +29,7 @@ class Subject:
 Result = Callable[[], dict[str, torch.Tensor]]
 Prepare = Callable[[Subject], "Result | None"]
 PEERS: Registry[Prepare] = Registry("peer")
-RATES = {"full": 5e-5, "lora": 5e-4, "shira": 1e-2}  # those of the head: `head_lr`
+RATES = {"full": 2e-4, "lora": 5e-3, "shira": 1e-2}  # for small models; the head has `head_lr`
 LINEAR = (torch.nn.Linear, Conv1D)
 
 
