@@ -61,6 +61,10 @@ class MissingFileError(DeltakitError, FileNotFoundError):
     """A path given by the user does not exist or cannot be read."""
 
 
+class JournalError(DeltakitError, RuntimeError):
+    """A model, the journal of its in-place merges and what is asked for do not fit together."""
+
+
 class OutputExistsError(DeltakitError, FileExistsError):
     """An output path exists and would be overwritten."""
 

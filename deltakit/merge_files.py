@@ -140,14 +140,15 @@ def _changed(
             words = cast(_read(file, info, offset, buffer[: stop - start]), info.kind, kind)
             before = words[at - start]
             after = merged_words(before, at, contributions, kind)
-            _count_overflows(info.name, before, after, kind, overflows)
+            count_overflows(info.name, before, after, kind, overflows)
             words[at - start] = after
             yield cast(words, kind, out).view(np.uint8).data
 
 
-def _count_overflows(
+def count_overflows(
     name: str, before: Array, after: Array, kind: DType, overflows: Overflows
 ) -> None:
+    """Count the words [n] that are finite in `before` and no longer in `after`."""
     if not kind.is_floating:
         return
     with np.errstate(invalid="ignore"):  # signalling NaNs

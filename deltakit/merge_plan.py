@@ -78,11 +78,15 @@ def plan_merge(
     dtype: str | None = None,
     allow_base_mismatch: bool = False,
     head: int | str | Path | None = None,
+    settled: int = 0,
 ) -> Plan:
-    """Check every delta against the base and against each other; see `deltakit.merging.merge`."""
+    """Check every delta against the base and against each other; see `deltakit.merging.merge`.
+
+    The base of the first `settled` inputs has been checked by an earlier merge.
+    """
     _check_dtype(dtype)
     notes = list(base.notes)
-    for each in inputs:
+    for each in inputs[settled:]:
         try:
             found = check_base(each.delta, base, allow=allow_base_mismatch)
         except DeltakitError as error:

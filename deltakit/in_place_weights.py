@@ -1,0 +1,174 @@
+"""The weight files of a checkpoint, open for changing single entries where they stand."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import pairwise
+from mmap import PAGESIZE
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from deltakit.dtypes import Array
+from deltakit.errors import JournalError, MissingFileError, OutputError
+from deltakit.formats.checkpoint import Checkpoint
+from deltakit.formats.checkpoint_files import locate
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_SPAN = 2**20  # bytes that are written by one call
+_CHUNK = 2**16  # entries whose spans are found at a time
+
+
+class OpenWeights:
+    """A checkpoint whose files are open for writing and locked; a context manager.
+
+    `checkpoint` reads it. The lock keeps other deltakit processes out until this one ends, however
+    it ends (no lock on Windows). Raises MissingFileError and FormatError as Checkpoint does,
+    OutputError for files that must not be written, JournalError for files that are locked.
+    """
+
+    def __init__(self, model: str | Path) -> None:
+        with ExitStack() as stack:
+            self._files: dict[Path, BinaryIO] = {}
+            for path in locate(model).files:
+                self._files[path] = stack.enter_context(_opened(path))
+                _lock(self._files[path], path)
+            self._seen = self._stats()
+            self.checkpoint = Checkpoint(model)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def refuse_links(self) -> None:
+        """Raise OutputError for a file that is a symbolic link or has hard links."""
+        for path, file in self._files.items():
+            links = os.fstat(file.fileno()).st_nlink
+            if path.is_symlink():
+                what = f"a symbolic link to {path.readlink()}"
+            elif links > 1:
+                what = f"one of {links} hard links to the same bytes"
+            else:
+                continue
+            raise OutputError(
+                f"{path} is {what}, so others may read these weights too (as from the cache of the "
+                "Hub); merge into a new file, or --force changes them for all"
+            )
+
+    def refuse_changes(self) -> None:
+        """Raise JournalError when anybody has written or replaced a file since it was opened."""
+        for path, seen in self._stats().items():
+            if seen != self._seen[path]:
+                raise JournalError(
+                    f"{path} was changed by something else in the meantime; nothing was written"
+                )
+
+    def write(self, name: str, indices: Array, words: Array) -> None:
+        """Give the entries of a tensor at sorted flat `indices`, int64 [n], the raw `words` [n].
+
+        No other byte changes, and only pages that hold entries are written. Raises OutputError
+        where the system refuses.
+        """
+        info = self.checkpoint.info(name)
+        file = self._files[info.file]
+        itemsize = info.kind.itemsize
+        try:
+            for at in range(0, len(indices), _CHUNK):
+                part = slice(at, at + _CHUNK)
+                starts = info.offset + indices[part] * itemsize
+                _patch(file, starts, words[part])
+        except OSError as error:
+            raise OutputError(f"cannot write {info.file}: {error.strerror or error}") from error
+
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk."""
+        for path, file in self._files.items():
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        self._seen = self._stats()
+
+    def _stats(self) -> dict[Path, tuple[int, ...]]:
+        found = {path: path.stat() for path in self._files}
+        return {p: (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for p, s in found.items()}
+
+
+def _opened(path: Path) -> BinaryIO:
+    if not path.exists():
+        raise MissingFileError(f"{path} does not exist")
+    try:
+        return path.open("r+b", buffering=0)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; nothing was changed"
+        ) from error
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    if sys.platform == "win32":
+        return  # its locks would keep readers out, too
+    import fcntl
+
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise JournalError(
+            f"another process is merging into {path} or taking a merge back; wait until it has done"
+        ) from None
+
+
+def _patch(file: BinaryIO, starts: Array, words: Array) -> None:
+    """Write `words` [n] at the bytes `starts` [n], sorted, span by span."""
+    itemsize = words.itemsize
+    for first, last in _spans(starts):
+        at = int(starts[first])
+        size = int(starts[last - 1]) + itemsize - at
+        if size == (last - first) * itemsize:
+            _write(file, at, words[first:last].view(np.uint8).data)
+            continue
+        bytes_between = np.frombuffer(_read(file, at, size), np.uint8)
+        places = (starts[first:last] - at)[:, None] + np.arange(itemsize)
+        bytes_between[places] = words[first:last].view(np.uint8).reshape(-1, itemsize)
+        _write(file, at, bytes_between.data)
+
+
+def _spans(starts: Array) -> Iterator[tuple[int, int]]:
+    """Ranges [first, last) of entries that stand on the same or on neighbouring pages: writing
+    one from end to end touches no page without an entry."""
+    far = np.diff(starts // PAGESIZE) > 1
+    far |= np.diff(starts // _SPAN) > 0
+    bounds = [0, *(np.flatnonzero(far) + 1).tolist(), len(starts)]
+    return pairwise(bounds)
+
+
+def _read(file: BinaryIO, at: int, size: int) -> bytearray:
+    file.seek(at)
+    data = bytearray()
+    while len(data) < size:
+        more = file.read(size - len(data))
+        if not more:
+            raise OSError(f"it became shorter: {size - len(data)} bytes are missing")
+        data += more
+    return data
+
+
+def _write(file: BinaryIO, at: int, rest: memoryview) -> None:
+    file.seek(at)
+    while rest.nbytes:
+        rest = rest[file.write(rest) :]
