@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,6 +23,9 @@ from deltakit.cli.options import (
 )
 from deltakit.errors import ConfigError, MissingFileError
 
+if TYPE_CHECKING:
+    from deltakit.in_place import InPlaceReport
+
 
 @click.command()
 @click.argument("paths", type=PATH, nargs=-1, required=True, metavar="BASE DELTA...")
@@ -39,7 +43,11 @@ from deltakit.errors import ConfigError, MissingFileError
     metavar="FROM",
     help="The delta (path, or position from 0) whose extras win where several deltas differ.",
 )
+@click.option(
+    "--in-place", is_flag=True, help="Change BASE itself; deltakit revert BASE takes it back."
+)
 @click.option("--dry-run", is_flag=True, help="Check everything and tell sizes; write nothing.")
+@click.option("--workers", type=click.IntRange(1), help="Weight files written at a time; up to 4.")
 @mismatch_option
 @force_option
 @json_option
@@ -49,15 +57,18 @@ def command(
     weights: tuple[float, ...] | None,
     dtype: str | None,
     head: str | None,
+    in_place: bool,
     dry_run: bool,
+    workers: int | None,
     allow_base_mismatch: bool,
     force: bool,
     as_json: bool,
 ) -> None:
     """Write a base with deltas merged into it.
 
-    BASE is a .safetensors file or a folder with a checkpoint, single or sharded; it is not changed.
-    Arguments are told apart by content, so their order matters among deltas only. Every delta is
+    BASE is a .safetensors file or a folder with a checkpoint, single or sharded; it is not changed
+    unless --in-place is given, which writes entries only, whatever the size of BASE, and keeps what
+    was there in a journal beside it (--force: also through links). Arguments are told apart by content, so their order matters among deltas only. Every delta is
     checked against BASE before anything is written.
 
     \b
@@ -65,10 +76,28 @@ def command(
       deltakit merge base.safetensors delta.sdelta
       deltakit merge model/ a.sdelta b.sdelta --weights 0.5,0.5 -o both/
       deltakit merge model/ delta.sdelta --dry-run
+      deltakit merge model/ delta.sdelta --in-place
     """
+    from deltakit.in_place import merge_in_place
     from deltakit.merging import merge
 
+    if in_place:
+        _refuse_with_in_place({"--output": output, "--dtype": dtype, "--workers": workers})
     base, deltas = split(paths)
+    if in_place:
+        with progress("Merging") as advance:
+            done = merge_in_place(
+                base,
+                deltas,
+                weights=weights,
+                allow_base_mismatch=allow_base_mismatch,
+                force=force,
+                dry_run=dry_run,
+                head=head,
+                progress=advance,
+            )
+        _print_in_place(done, as_json)
+        return
     with progress("Merging") as advance:
         report = merge(
             base,
@@ -81,6 +110,7 @@ def command(
             dry_run=dry_run,
             head=head,
             progress=advance,
+            workers=workers,
         )
     for told in report.notes:
         note(f"Note: {told}")
@@ -96,6 +126,29 @@ def command(
         click.echo(f"whole tensors written: {', '.join(report.extras)}")
     if dry_run:
         click.echo(f"memory needed: about {format_bytes(report.peak_memory)}")
+
+
+def _refuse_with_in_place(options: Mapping[str, object]) -> None:
+    for option, given in options.items():
+        if given is not None:
+            raise click.UsageError(f"{option} does not go with --in-place, which writes into BASE")
+
+
+def _print_in_place(report: InPlaceReport, as_json: bool) -> None:
+    for told in report.notes:
+        note(f"Note: {told}")
+    if as_json:
+        print_json(report.as_dict())
+        return
+    what = "would be merged" if report.dry_run else "merged"
+    earlier = f" and {len(report.merged_before)} before" if report.merged_before else ""
+    click.echo(
+        f"{report.model}: {report.entries:,} entries of {count('delta', report.deltas)}{earlier} "
+        f"{what} in place, in {count('file', report.files)}; {format_bytes(report.journal_bytes)} "
+        f"in {report.journal}"
+    )
+    if report.extras:
+        click.echo(f"whole tensors written: {', '.join(report.extras)}")
 
 
 def split(paths: Sequence[Path]) -> tuple[Path, list[Path]]:

@@ -29,11 +29,8 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary = _beside(target, ".tmp")
         try:
             yield temporary
-            for folder, _, files in os.walk(temporary):
-                for name in files:
-                    sync(Path(folder, name))
-                sync(Path(folder))
-            _move(temporary, target)
+            sync_folder(temporary)
+            move_folder(temporary, target)
             sync(target.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -48,7 +45,16 @@ def _beside(target: Path, suffix: str) -> Path:
     return made
 
 
-def _move(temporary: Path, target: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """fsync every file and folder in a folder, and itself."""
+    for folder, _, files in os.walk(path):
+        for name in files:
+            sync(Path(folder, name))
+        sync(Path(folder))
+
+
+def move_folder(temporary: Path, target: Path) -> None:
+    """Rename a folder onto `target`; what stands there is moved aside first and deleted last."""
     if not target.exists():
         temporary.rename(target)
         return
