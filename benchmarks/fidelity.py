@@ -118,6 +118,7 @@ def main() -> None:
         record = sparse(options.row, flags, given, run)
     line = {
         **key,
+        "rate": record.get("lr", options.lr),  # what auto found
         "entries": record["budget"]["reached"],
         "validation": record["final"]["metrics"][METRIC],
         "test": record["test"],
