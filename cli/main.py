@@ -35,6 +35,9 @@ COMMANDS = {
     "inspect": Entry("deltakit.cli.inspect", "Show what a delta holds and what it costs."),
     "truncate": Entry("deltakit.cli.truncate", "Keep the best entries of a delta, exactly."),
     "merge": Entry("deltakit.cli.merge", "Write a base with deltas merged into it."),
+    "stack": Entry("deltakit.cli.stack", "Make one delta of several."),
+    "revert": Entry("deltakit.cli.revert", "Take merges in place back, bit for bit."),
+    "compare": Entry("deltakit.cli.compare", "Tell how deltas overlap and disagree."),
     "diff": Entry("deltakit.cli.diff", "Take the exact difference of two checkpoints."),
     "verify": Entry("deltakit.cli.verify", "Check a delta's bytes, and its base if given."),
 }

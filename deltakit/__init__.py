@@ -12,8 +12,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from deltakit.algebra import add as add
+    from deltakit.algebra import intersect as intersect
+    from deltakit.algebra import restrict as restrict
+    from deltakit.algebra import scale as scale
+    from deltakit.algebra import subtract as subtract
     from deltakit.analyses import distances as distances
     from deltakit.analyses import unmasking_history as unmasking_history
+    from deltakit.comparing import compare as compare
     from deltakit.delta import BaseIdentity as BaseIdentity
     from deltakit.delta import Fingerprint as Fingerprint
     from deltakit.delta import SparseDelta as SparseDelta
@@ -22,10 +28,13 @@ if TYPE_CHECKING:
     from deltakit.errors import DeltakitError as DeltakitError
     from deltakit.formats.sdelta import load as load
     from deltakit.formats.sdelta import save as save
+    from deltakit.in_place import merge_in_place as merge_in_place
+    from deltakit.in_place_revert import revert as revert
     from deltakit.inspection import inspect as inspect
     from deltakit.live import applied as applied
     from deltakit.live import apply as apply
     from deltakit.merging import merge as merge
+    from deltakit.rebasing import rebase as rebase
     from deltakit.selection import ID3 as ID3
     from deltakit.selection import BernoulliMask as BernoulliMask
     from deltakit.selection import BlockMask as BlockMask
@@ -39,6 +48,7 @@ if TYPE_CHECKING:
     from deltakit.selection import RowMask as RowMask
     from deltakit.selection import Static as Static
     from deltakit.selection import UserMask as UserMask
+    from deltakit.stacking import stack as stack
     from deltakit.training.calibration import Batches as Batches
     from deltakit.training.lr_search import find_lr as find_lr
     from deltakit.training.trainer import SparseTrainer as SparseTrainer
@@ -68,15 +78,25 @@ _EXPORTS = {
     "Static": "deltakit.selection",
     "TensorDelta": "deltakit.delta",
     "UserMask": "deltakit.selection",
+    "add": "deltakit.algebra",
     "applied": "deltakit.live",
     "apply": "deltakit.live",
+    "compare": "deltakit.comparing",
     "diff": "deltakit.diffing",
     "distances": "deltakit.analyses",
     "find_lr": "deltakit.training.lr_search",
     "inspect": "deltakit.inspection",
+    "intersect": "deltakit.algebra",
     "load": "deltakit.formats.sdelta",
     "merge": "deltakit.merging",
+    "merge_in_place": "deltakit.in_place",
+    "rebase": "deltakit.rebasing",
+    "restrict": "deltakit.algebra",
+    "revert": "deltakit.in_place_revert",
     "save": "deltakit.formats.sdelta",
+    "scale": "deltakit.algebra",
+    "subtract": "deltakit.algebra",
+    "stack": "deltakit.stacking",
     "truncate": "deltakit.truncation",
     "unmasking_history": "deltakit.analyses",
     "verify": "deltakit.verification",

@@ -57,11 +57,12 @@ def _grouped(tensors: Iterable[TensorRecord], key: Callable[[str], str]) -> list
     for tensor in tensors:
         members.setdefault(key(tensor.name), []).append(tensor)
     return [
-        Group(name=name, tensors=tuple(members[name])) for name in sorted(members, key=_natural)
+        Group(name=name, tensors=tuple(members[name]))
+        for name in sorted(members, key=natural_order)
     ]
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural_order(name: str) -> list[tuple[int, str]]:
     """Sort key by which numbers compare by their digits (of any length) and stand after words."""
     return [_digits(part) if part.isdecimal() else (-1, part) for part in name.split(".")]
 

@@ -38,10 +38,10 @@ def matching(
         else:
             hits = {n: None for n, stored in names.items() if _matches(pattern, n, stored or n)}
         if not hits:
+            presets = [] if model is None else list(TARGET_PRESETS)
+            listed = f"; presets: {', '.join(presets)}" if presets else ""
             raise ConfigError(
-                f"{what} {pattern!r} matches no tensor"
-                f"{nearest(pattern, [*TARGET_PRESETS, *names])}; "
-                f"presets: {', '.join(TARGET_PRESETS)}"
+                f"{what} {pattern!r} matches no tensor{nearest(pattern, [*presets, *names])}{listed}"
             )
         for name, part in hits.items():
             before = found.get(name, part)

@@ -1,0 +1,94 @@
+"""`deltakit compare`: how deltas overlap and disagree, before they are stacked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from deltakit.cli.options import PATH, json_option, note, print_json, table
+
+if TYPE_CHECKING:
+    from deltakit.comparing import Comparison, Pair
+    from deltakit.overlap import Overlap
+
+_HEADS = ["shared", "by chance", "Jaccard", "of 1st", "of 2nd", "conflicts", "share", "cosine"]
+
+
+@click.command()
+@click.argument("deltas", type=PATH, nargs=-1, required=True, metavar="DELTA DELTA...")
+@click.option(
+    "--by",
+    type=click.Choice(["kind", "block", "tensor"]),
+    help="List every pair by kind of tensor, block of layers or tensor; two deltas by kind anyway.",
+)
+@click.option("--plot", type=PATH, metavar="PNG", help="Draw overlap and sign conflicts.")
+@json_option
+def command(deltas: tuple[Path, ...], by: str | None, plot: Path | None, as_json: bool) -> None:
+    """Tell how deltas overlap and disagree.
+
+    For every pair: entries that both change, how many would be shared by chance, sign conflicts
+    (shared entries moved in opposite directions), the cosine of the changes, and whether the deltas
+    belong to one base. Warns where at least a tenth of the smaller delta's entries conflict.
+
+    \b
+    Examples:
+      deltakit compare a.sdelta b.sdelta
+      deltakit compare a.sdelta b.sdelta c.sdelta --by block --plot overlap.png
+      deltakit compare a.sdelta b.sdelta --json | jq .pairs[0].cosine
+    """
+    if len(deltas) < 2:
+        raise click.UsageError("a comparison takes at least two deltas")
+    from deltakit.comparing import compare
+
+    found = compare(deltas)
+    if plot is not None:
+        from deltakit.comparison_plot import plot_comparison
+
+        plot_comparison(found, plot)
+    if as_json:
+        print_json(found.as_dict())
+        return
+    for told in found.notes:
+        note(f"Note: {told}")
+    click.echo("\n\n".join(_sections(found, by or ("kind" if len(deltas) == 2 else None))))
+    if found.warning is not None:
+        note(f"Warning: {found.warning}")
+
+
+def _sections(found: Comparison, by: str | None) -> list[str]:
+    listed = [["", "delta", "entries", "tensors"]]
+    for number, delta in enumerate(found.deltas, 1):
+        listed.append([str(number), delta.label, f"{delta.entries:,}", str(delta.tensors)])
+    pairs = [["pair", *_HEADS, "base"]]
+    pairs += [[_name(pair), *_cells(pair.total), pair.base.verdict] for pair in found.pairs]
+    sections = [table(listed, right=(0, 2, 3)), table(pairs, right=range(1, 9))]
+    if by is not None:
+        sections += [_parts(pair, by) for pair in found.pairs if pair.tensors]
+    return sections
+
+
+def _parts(pair: Pair, by: str) -> str:
+    parts = {"kind": pair.kinds, "block": pair.blocks}.get(by, pair.tensors)
+    rows = [[f"{_name(pair)} by {by}", "1st", "2nd", *_HEADS]]
+    for name, part in parts.items():
+        rows.append([name, f"{part.first:,}", f"{part.second:,}", *_cells(part)])
+    return table(rows, right=range(1, 11))
+
+
+def _name(pair: Pair) -> str:
+    return f"{pair.first + 1}-{pair.second + 1}"
+
+
+def _cells(part: Overlap) -> list[str]:
+    return [
+        f"{part.shared:,}",
+        f"{part.expected:,.1f}",
+        f"{part.jaccard:.3f}",
+        f"{part.first_contained:.3f}",
+        f"{part.second_contained:.3f}",
+        f"{part.conflicts:,}" if part.signed else "-",
+        "-" if part.conflict_share is None else f"{part.conflict_share:.3f}",
+        "-" if part.cosine is None else f"{part.cosine:+.3f}",
+    ]
