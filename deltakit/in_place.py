@@ -206,6 +206,10 @@ def _write(
     try:
         journal.begin(deltas, data)
         opened.refuse_changes()
+    except BaseException:
+        journal.roll_back()
+        raise
+    try:
         done = 0
         for tensor in record.tensors.values():
             new = merged_bits(tensor)

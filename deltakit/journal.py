@@ -97,7 +97,7 @@ class Journal:
         self.prune()
 
     def roll_back(self) -> None:
-        """The weights are again as they were before the merge that had begun."""
+        """The weights are as they were before the merge that had begun, or was about to."""
         self._remove(self.next)
         self.prune()
 
@@ -155,8 +155,9 @@ class Journal:
         sync(self.folder)
 
     def _remove(self, path: Path) -> None:
-        path.unlink()
-        sync(self.folder)
+        if path.exists():
+            path.unlink()
+            sync(self.folder)
 
 
 def kept(plan: Plan) -> tuple[list[Merged], dict[str, bytes]]:
