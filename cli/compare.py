@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deltakit.cli.options import PATH, json_option, note, print_json, table
+from deltakit.cli.options import PATH, force_option, json_option, note, print_json, table
+from deltakit.formats.atomic import refuse_existing
 
 if TYPE_CHECKING:
     from deltakit.comparing import Comparison, Pair
@@ -24,8 +25,11 @@ _HEADS = ["shared", "by chance", "Jaccard", "of 1st", "of 2nd", "conflicts", "sh
     help="List every pair by kind of tensor, block of layers or tensor; two deltas by kind anyway.",
 )
 @click.option("--plot", type=PATH, metavar="PNG", help="Draw overlap and sign conflicts.")
+@force_option
 @json_option
-def command(deltas: tuple[Path, ...], by: str | None, plot: Path | None, as_json: bool) -> None:
+def command(
+    deltas: tuple[Path, ...], by: str | None, plot: Path | None, force: bool, as_json: bool
+) -> None:
     """Tell how deltas overlap and disagree.
 
     For every pair: entries that both change, how many would be shared by chance, sign conflicts
@@ -40,6 +44,8 @@ def command(deltas: tuple[Path, ...], by: str | None, plot: Path | None, as_json
     """
     if len(deltas) < 2:
         raise click.UsageError("a comparison takes at least two deltas")
+    if plot is not None:
+        refuse_existing(plot, force)
     from deltakit.comparing import compare
 
     found = compare(deltas)

@@ -8,10 +8,12 @@ import click
 
 from deltakit.budget import format_bytes
 from deltakit.cli.options import (
+    BUDGET,
     PATH,
     count,
     force_option,
     json_option,
+    note,
     output_option,
     print_json,
     progress,
@@ -31,6 +33,19 @@ from deltakit.formats.atomic import refuse_existing
     help="Store the tuned bits, or differences where those give the bits back.",
 )
 @click.option(
+    "-b",
+    "--budget",
+    type=BUDGET,
+    metavar="N",
+    help="Keep the N largest changes only: 100k, 2.5m, 5000, or a share of the base such as 0.1%.",
+)
+@click.option(
+    "--density",
+    type=float,
+    metavar="SHARE",
+    help="The same as a number: 0.001 keeps as many as 0.1% of the base's weights.",
+)
+@click.option(
     "--no-base-values",
     is_flag=True,
     help="Do not keep the base's bits beside; weights and truncation then need the base.",
@@ -45,6 +60,8 @@ def command(
     tuned: Path,
     output: Path,
     mode: str,
+    budget: int | str | None,
+    density: float | None,
     no_base_values: bool,
     ignore_missing: bool,
     force: bool,
@@ -54,32 +71,38 @@ def command(
 
     BASE and TUNED are .safetensors files or folders, single or sharded. Every element whose bits
     differ becomes an entry, so merging the delta into BASE gives TUNED's tensors back, bit for bit.
+    New tensors, and rows appended to a tensor (new tokens), are kept whole beside the entries.
+    --budget or --density keep the largest changes instead, and merging then comes near TUNED only.
 
     \b
     Examples:
       deltakit diff base.safetensors tuned.safetensors -o tuned.sdelta
       deltakit diff model/ tuned/ -o tuned.sdelta --mode add
+      deltakit diff model/ tuned/ -o small.sdelta --budget 100k
     """
     refuse_existing(output, force)
     from deltakit.diffing import diff
-    from deltakit.formats.sdelta import save
 
     with progress("Comparing") as advance:
-        delta = diff(
+        report = diff(
             base,
             tuned,
             mode="add" if mode == "add" else "set",
             keep_base=not no_base_values,
             missing="ignore" if ignore_missing else "error",
+            budget=budget,
+            density=density,
+            out=output,
             progress=advance,
         )
-    save(delta, output)
-    size = output.stat().st_size
+    for told in report.notes:
+        note(f"Note: {told}")
     if as_json:
-        told = {"output": output, "entries": delta.nnz, "tensors": len(delta.tensors)}
-        print_json(told | {"extras": list(delta.extras), "bytes": size})
+        print_json(report.as_dict())
         return
+    of = f" of {report.differing:,}" if report.entries < report.differing else ""
     click.echo(
-        f"{output}: {delta.nnz:,} entries in {count('tensor', delta.tensors)}, "
-        f"{count('extra', delta.extras)}, {format_bytes(size)}"
+        f"{output}: {report.entries:,}{of} entries in {report.tensors:,} "
+        f"tensor{'' if report.tensors == 1 else 's'}, {count('extra', report.extras)}, "
+        f"{format_bytes(report.bytes)}"
     )

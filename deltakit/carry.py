@@ -79,10 +79,13 @@ def merged_config(
         keys = ", ".join(sorted(changes))
         return None, [f"the deltas change the configuration ({keys}), but {_no_config(base)}"]
     new = _with_dtype({**config, **changes}, dtype)
+    if list(config) == sorted(config):  # as transformers writes it, new keys included
+        new = {key: new[key] for key in sorted(new)}
     if new == config:
         return None, []
-    try:
-        text = json.dumps(new, indent=2, ensure_ascii=False, allow_nan=False)
+    plain = base.directory is not None and (base.directory / "config.json").read_bytes().isascii()
+    try:  # escapes where the base has them, so that what transformers wrote comes back as it was
+        text = json.dumps(new, indent=2, ensure_ascii=plain, allow_nan=False)
     except ValueError as error:
         raise FormatError(f"config.json cannot be written: {error}") from None
     return text.encode() + b"\n", []

@@ -1,174 +1,210 @@
 """The exact sparse difference of two checkpoints.
 
 An entry is every element whose bits differ; there is no threshold, and signed zeros and NaN
-payloads count. Merging the result into the base gives the tuned tensors back, byte for byte.
+payloads count. Merging the result into the base gives the tuned tensors back, byte for byte,
+unless a budget asks for the largest changes only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
-import numpy as np
-
-from deltakit.delta import Mode, SparseDelta, TensorDelta
-from deltakit.dtypes import DTYPES, Array, DType, add_exact
-from deltakit.errors import ConfigError, CoordinateError, DeltaError
+from deltakit.budget import parse_budget
+from deltakit.checkpoint_entries import Sides, match
+from deltakit.delta import BaseIdentity, Fingerprint, Mode, SparseDelta, TensorDelta
+from deltakit.diff_report import DiffReport, report_of
+from deltakit.differences import proven_differences
+from deltakit.dtypes import Array
+from deltakit.errors import BudgetError, ConfigError, OutputError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.formats.safetensors_file import TensorInfo
+from deltakit.formats.sdelta_stream import SdeltaStream, sdelta_stream
 from deltakit.identity import identify
+from deltakit.truncation import truncate
 
-CHUNK = 2**20  # elements of either side that are compared at a time
-# What differs in config.json for reasons other than the weights.
-_UNRELATED = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+Given = str | os.PathLike[str] | Checkpoint
+Missing = Literal["error", "ignore"]
+Progress = Callable[[int, int], None]
+
+
+@overload
+def diff(
+    base: Given,
+    tuned: Given,
+    *,
+    mode: Mode = ...,
+    keep_base: bool = ...,
+    missing: Missing = ...,
+    budget: int | str | None = ...,
+    density: float | None = ...,
+    out: None = None,
+    progress: Progress | None = ...,
+) -> SparseDelta: ...
+
+
+@overload
+def diff(
+    base: Given,
+    tuned: Given,
+    *,
+    mode: Mode = ...,
+    keep_base: bool = ...,
+    missing: Missing = ...,
+    budget: int | str | None = ...,
+    density: float | None = ...,
+    out: str | os.PathLike[str],
+    progress: Progress | None = ...,
+) -> DiffReport: ...
 
 
 def diff(
-    base: str | Path | Checkpoint,
-    tuned: str | Path | Checkpoint,
+    base: Given,
+    tuned: Given,
     *,
     mode: Mode = "set",
     keep_base: bool = True,
-    missing: Literal["error", "ignore"] = "error",
-    progress: Callable[[int, int], None] | None = None,
-) -> SparseDelta:
+    missing: Missing = "error",
+    budget: int | str | None = None,
+    density: float | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> SparseDelta | DiffReport:
     """The delta that turns `base` into `tuned`; both are files or folders, sharded as they like.
 
     mode: "set" stores the tuned bits; "add" stores differences where base + v gives the tuned bits
     back, entry for entry, and falls back to "set" for every tensor where it does not.
     keep_base: whether set tensors keep the base's bits beside, which weights, stacking and
     truncation by magnitude need. missing: what to do about tensors that only the base has.
-    progress: called with (elements done, elements in all).
+    budget: keep only so many entries, those with the largest |change| (as `truncate` chooses them):
+    a count ("100k") or a share of all weights of the base ("0.1%"); density: the same share as a
+    number in [0, 1]. Provenance says "lossy" where entries were dropped.
+    out: write the delta to this file, a tensor at a time, and return a DiffReport; a file that is
+    there is replaced. progress: called with (elements done, elements in all).
 
-    Tensors that only `tuned` has become extras, together with the changes of config.json that come
-    with them. Memory is O(entries + chunk). Raises CoordinateError for tensors that `tuned` lacks
-    or has in another shape, and DeltaError for another dtype.
+    Tensors that only `tuned` has become extras, rows that were appended to a tensor become extras
+    called `name[rows:]` (see `deltakit.grown_rows`), and the changes of config.json come with them.
+    Memory is O(entries + chunk); with `out` it is O(entries of one tensor + budget + chunk).
+    Raises CoordinateError for tensors that `tuned` lacks or has in another shape, DeltaError for
+    another dtype, BudgetError for a budget or density that cannot be.
     """
     if mode not in ("add", "set") or missing not in ("error", "ignore"):
         raise ConfigError(
             f"mode {mode!r} and missing {missing!r}: mode is add or set, missing is error or ignore"
         )
-    old = base if isinstance(base, Checkpoint) else Checkpoint(base)
-    new = tuned if isinstance(tuned, Checkpoint) else Checkpoint(tuned)
-    shared = _shared(old, new, missing)
-    total, done = sum(old.tensors[name].numel for name in shared), 0
-    tensors = {}
-    for name in shared:
-        found = _tensor(old, new, name, mode, keep_base)
-        if found is not None:
-            tensors[name] = found
-        done += old.tensors[name].numel
-        if progress is not None:
-            progress(done, total)
-    extras = {n: _whole(new, info) for n, info in new.tensors.items() if n not in old.tensors}
-    return SparseDelta(
-        tensors=tensors,
-        extras=extras,
-        base=identify(old, {name: tensor.indices for name, tensor in tensors.items()}),
-        config=_config_changes(old, new) if extras else {},
-        provenance={"operation": "diff", "mode": mode},
-    )
+    old, new = (c if isinstance(c, Checkpoint) else Checkpoint(os.fspath(c)) for c in (base, tuned))
+    sides = match(old, new, ignore_missing=missing == "ignore")
+    count = _count(budget, density, old.total_weights)
+    if out is None:
+        collected = _Collected()
+        _fill(collected, sides, count, mode, keep_base, progress)
+        return collected.delta
+    _refuse_input(Path(out), sides)
+    with sdelta_stream(out) as stream:
+        differing = _fill(stream, sides, count, mode, keep_base, progress)
+    return report_of(Path(out), stream, sides, differing, mode)
 
 
-def _shared(old: Checkpoint, new: Checkpoint, missing: str) -> list[str]:
-    lacking = [name for name in old.names if name not in new.tensors]
-    if lacking and missing == "error":
-        listed = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
-        raise CoordinateError(
-            f"{new.path} lacks {len(lacking)} tensors of {old.path}: {listed}; "
-            "missing='ignore' leaves them as they are in the base"
+class _Collected:
+    """A delta in memory, made as `SdeltaStream` makes a file."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, TensorDelta] = {}
+        self._prints: dict[str, Fingerprint] = {}
+        self._extras: dict[str, Array] = {}
+
+    def add(self, tensor: TensorDelta, known: Fingerprint) -> None:
+        """See SdeltaStream."""
+        self._tensors[tensor.name] = tensor
+        self._prints[tensor.name] = known
+
+    def add_extra(self, name: str, array: Array) -> None:
+        """See SdeltaStream."""
+        self._extras[name] = array
+
+    def finish(
+        self, base: BaseIdentity, config: Mapping[str, Any], provenance: Mapping[str, Any]
+    ) -> None:
+        """Make the delta; the fingerprints of its base are those that came with the tensors."""
+        self.delta = SparseDelta(
+            tensors=self._tensors,
+            extras=self._extras,
+            base=replace(base, tensors=self._prints),
+            config=config,
+            provenance=provenance,
         )
-    shared = [name for name in old.names if name in new.tensors]
-    for name in shared:
-        before, after = old.tensors[name], new.tensors[name]
-        if before.shape != after.shape:
-            raise CoordinateError(
-                f"tensor {name!r} has shape {list(before.shape)} in {old.path} and "
-                f"{list(after.shape)} in {new.path}; a delta does not change shapes"
-            )
-        if before.dtype != after.dtype:
-            raise DeltaError(
-                f"tensor {name!r} is {before.dtype} in {old.path} and {after.dtype} in {new.path}; "
-                "convert one of them first, so that both are stored alike"
-            )
-    return shared
 
 
-def _tensor(
-    old: Checkpoint, new: Checkpoint, name: str, mode: Mode, keep_base: bool
-) -> TensorDelta | None:
-    info = old.tensors[name]
-    if info.dtype not in DTYPES:
-        if not _same_bytes(info, new.tensors[name]):
-            raise DeltaError(
-                f"tensor {name!r} differs, and its dtype {info.dtype} is not supported"
-            )
-        return None
-    indices, before, after = _differing(old, new, name)
-    if not indices.size:
-        return None
-    added = _proven_differences(before, after, info.kind) if mode == "add" else None
-    chosen: Mode = "set" if added is None else "add"
-    return TensorDelta(
-        name=name,
-        shape=info.shape,
-        dtype=info.dtype,
-        mode=chosen,
-        indices=indices,
-        values=after if added is None else added,
-        base_values=before if keep_base and added is None else None,
-    )
+def _fill(
+    sink: _Collected | SdeltaStream,
+    sides: Sides,
+    count: int | None,
+    mode: Mode,
+    keep_base: bool,
+    progress: Progress | None,
+) -> int:
+    """Put all of the delta into `sink`; returns how many elements differ."""
+    provenance: dict[str, Any] = {"operation": "diff", "mode": mode}
+    found: Iterable[TensorDelta] = sides.entries(progress)
+    differing = kept = 0
+    if count is not None:
+        found, differing = _largest(found, count)
+    for tensor in found:
+        known = identify(sides.base, {tensor.name: tensor.indices}).tensors[tensor.name]
+        sink.add(_stored(tensor, mode, keep_base), known)
+        kept += tensor.nnz
+    if kept < differing:
+        provenance["lossy"] = {"budget": count, "by": "magnitude", "from": differing}
+    extras = False
+    for name, array in sides.extras():
+        sink.add_extra(name, array)
+        extras = True
+    config = sides.config_changes() if extras else {}
+    sink.finish(identify(sides.base, {}), config, provenance)
+    return max(differing, kept)
 
 
-def _differing(old: Checkpoint, new: Checkpoint, name: str) -> tuple[Array, Array, Array]:
-    """Flat indices of the words that differ, int64 [nnz], and the words of both sides, [nnz]."""
-    info = old.tensors[name]
-    found: list[tuple[Array, Array, Array]] = [
-        (np.empty(0, np.int64), np.empty(0, info.kind.words), np.empty(0, info.kind.words))
-    ]
-    for start in range(0, info.numel, CHUNK):
-        stop = min(start + CHUNK, info.numel)
-        before, after = old.read(name, start, stop), new.read(name, start, stop)
-        places = np.flatnonzero(before != after)
-        if places.size:
-            found.append((places + start, before[places], after[places]))
-    indices, before, after = (np.concatenate(column) for column in zip(*found, strict=True))
-    return indices, before, after
+def _largest(found: Iterable[TensorDelta], count: int) -> tuple[list[TensorDelta], int]:
+    """The `count` entries with the largest changes, and how many there were.
+
+    What is dropped early is never missed: an entry that `count` others before it beat, ties
+    included, is beaten in the end. So no more than 2 * count entries and one tensor are held.
+    """
+    held: dict[str, TensorDelta] = {}
+    seen = 0
+    for tensor in found:
+        held[tensor.name] = tensor
+        seen += tensor.nnz
+        if sum(t.nnz for t in held.values()) > 2 * count:
+            held = dict(truncate(SparseDelta(tensors=held), count).tensors)
+    return list(truncate(SparseDelta(tensors=held), count).tensors.values()), seen
 
 
-def _proven_differences(before: Array, after: Array, kind: DType) -> Array | None:
-    """v [nnz] with round(base + v) == tuned for every entry, bit for bit; None if there is none."""
-    if kind.compute is None:
-        return None
-    base, tuned = before.view(kind.numpy), after.view(kind.numpy)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite fails the proof
-        values = np.asarray(tuned.astype(kind.compute) - base.astype(kind.compute))
-        if not np.isfinite(values).all():
-            return None
-        again = add_exact(base, [(1.0, values)]).view(kind.words)
-    return values if np.array_equal(again, after) else None
+def _stored(tensor: TensorDelta, mode: Mode, keep_base: bool) -> TensorDelta:
+    """A set tensor with base values as it is asked for; set where add has no proof."""
+    assert tensor.base_values is not None
+    values = None
+    if mode == "add":
+        values = proven_differences(tensor.base_values, tensor.values, tensor.kind)
+    if values is not None:
+        return replace(tensor, mode="add", values=values, base_values=None)
+    return tensor if keep_base else replace(tensor, base_values=None)
 
 
-def _whole(checkpoint: Checkpoint, info: TensorInfo) -> Array:
-    return checkpoint.read(info.name).view(info.kind.numpy).reshape(info.shape)
+def _count(budget: int | str | None, density: float | None, total: int) -> int | None:
+    if density is None:
+        return None if budget is None else parse_budget(budget, total)
+    if budget is not None:
+        raise ConfigError("budget and density are two ways to say one thing; give one of them")
+    if not 0 <= density <= 1:
+        raise BudgetError(f"density {density} is not a share of the base's weights from 0 to 1")
+    return int(Fraction(str(density)) * total)
 
 
-def _same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
-    return all(a == b for a, b in zip(_blocks(one), _blocks(other), strict=True))
-
-
-def _blocks(info: TensorInfo) -> Iterator[bytes]:
-    with info.file.open("rb") as file:
-        file.seek(info.offset)
-        for start in range(0, info.nbytes, CHUNK):
-            yield file.read(min(CHUNK, info.nbytes - start))
-
-
-def _config_changes(old: Checkpoint, new: Checkpoint) -> dict[str, Any]:
-    before, after = old.config() or {}, new.config() or {}
-    return {
-        key: value
-        for key, value in after.items()
-        if key not in _UNRELATED and (key not in before or before[key] != value)
-    }
+def _refuse_input(out: Path, sides: Sides) -> None:
+    inputs = [*sides.base.files, *sides.tuned.files]
+    if out.resolve() in [path.resolve() for path in inputs]:
+        raise OutputError(f"{out} is one of the two checkpoints; give another output")

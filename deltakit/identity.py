@@ -17,11 +17,12 @@ from math import prod
 import numpy as np
 
 from deltakit.delta import BaseIdentity, Fingerprint, SparseDelta, TensorDelta, in_tensor_order
-from deltakit.dtypes import Array, dtype
+from deltakit.dtypes import Array, dtype, dtype_of
 from deltakit.errors import BaseMismatchError, CoordinateError, nearest
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_file import TensorInfo
 from deltakit.formats.seeded import philox_words
+from deltakit.grown_rows import appended_to
 
 SAMPLES = 1024
 NO_BASE = "the delta records no base, so nothing shows that this is the right one"
@@ -129,10 +130,33 @@ def _info(tensor: TensorDelta, checkpoint: Checkpoint) -> TensorInfo:
 
 
 def _check_extra(name: str, extra: Array, checkpoint: Checkpoint) -> None:
+    grown = appended_to(name)
+    if grown is not None:
+        _check_rows(*grown, extra, checkpoint)
     if name in checkpoint.tensors and checkpoint.tensors[name].shape != extra.shape:
         raise CoordinateError(
             f"extra {name!r} has shape {list(extra.shape)}, in {checkpoint.path} it has "
             f"{list(checkpoint.tensors[name].shape)}; shapes are not changed by a delta"
+        )
+
+
+def _check_rows(name: str, rows: int, extra: Array, checkpoint: Checkpoint) -> None:
+    """Rows to be appended must fit the tensor as it is: its rows, its columns, its dtype."""
+    info = checkpoint.tensors.get(name)
+    if info is None:
+        raise CoordinateError(
+            f"the delta appends rows to tensor {name!r}, which {checkpoint.path} lacks"
+            f"{nearest(name, checkpoint.names)}"
+        )
+    if info.shape[:1] != (rows,) or info.shape[1:] != extra.shape[1:]:
+        raise CoordinateError(
+            f"the delta appends rows of shape {list(extra.shape[1:])} to tensor {name!r} of {rows} "
+            f"rows; in {checkpoint.path} it has shape {list(info.shape)}"
+        )
+    if info.dtype != dtype_of(extra).name:
+        raise BaseMismatchError(
+            f"the delta appends rows of {dtype_of(extra).name} to tensor {name!r}, which is "
+            f"{info.dtype} in {checkpoint.path}"
         )
 
 

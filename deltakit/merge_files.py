@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, BinaryIO
@@ -11,11 +11,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from deltakit.arithmetic import Contribution, cast, merged_words, union_between
-from deltakit.dtypes import DTYPES, Array, DType
+from deltakit.dtypes import DTYPES, Array, DType, dtype_of
 from deltakit.errors import FormatError
 from deltakit.formats import rewrite
 from deltakit.formats.rewrite import Copied, Part, Piece
 from deltakit.formats.safetensors_file import SafetensorsFile, TensorInfo
+from deltakit.grown_rows import appended_to
 from deltakit.merge_plan import WINDOW, Plan, extra_kind
 
 
@@ -56,7 +57,8 @@ def weight_files(plan: Plan, overflows: Overflows, one_file: str | None = None) 
     shapes keeps its header byte for byte.
     """
     shards = list(plan.base.shards.values())
-    new = [name for name in sorted(plan.extras, key=str.encode) if name not in plan.base.tensors]
+    own = [name for name in sorted(plan.extras, key=str.encode) if appended_to(name) is None]
+    new = [name for name in own if name not in plan.base.tensors]
     if one_file is not None and len(shards) > 1:
         infos = [info for shard in shards for info in shard.tensors.values() if _listed(plan, info)]
         parts = [_part(plan, info, overflows) for info in infos]
@@ -75,8 +77,8 @@ def _shard_file(
 ) -> WeightFile:
     infos = [info for info in shard.tensors.values() if info.name not in new]
     parts = [_part(plan, info, overflows) for info in infos]
-    codes = [part.code for part in parts]
-    if not new and codes == [entry.dtype for entry in shard.header.entries.values()]:
+    kept = [(part.code, part.shape) for part in parts]
+    if not new and kept == [(e.dtype, e.shape) for e in shard.header.entries.values()]:
         with shard.path.open("rb") as file:
             return WeightFile(name or shard.path.name, file.read(shard.header.body_offset), parts)
     parts = rewrite.arranged(parts + [_extra(plan, extra) for extra in new])
@@ -97,10 +99,24 @@ def _part(plan: Plan, info: TensorInfo, overflows: Overflows) -> Part:
     kind = plan.merge_kind(info)
     out = plan.output_kind(kind)
     size = info.numel * out.itemsize
-    if info.name not in plan.touched and info.kind is kind is out:
-        return Part(info.name, out.code, info.shape, size, partial(_as_it_is, info))
-    change = partial(_changed, info, plan.touched.get(info.name, ()), kind, out, overflows)
-    return Part(info.name, out.code, info.shape, size, change)
+    pieces: Callable[[], Iterable[Piece]] = partial(_as_it_is, info)
+    if info.name in plan.touched or not info.kind is kind is out:
+        pieces = partial(_changed, info, plan.touched.get(info.name, ()), kind, out, overflows)
+    part = Part(info.name, out.code, info.shape, size, pieces)
+    rows = plan.appended.get(info.name)
+    return part if rows is None else _longer(part, rows, kind, out)
+
+
+def _longer(part: Part, rows: Array, kind: DType, out: DType) -> Part:
+    """The tensor with rows behind its own, converted as those are."""
+
+    def pieces() -> Iterator[Piece]:
+        yield from part.pieces()
+        words = np.ascontiguousarray(rows).reshape(-1).view(dtype_of(rows).words)
+        yield cast(cast(words, dtype_of(rows), kind), kind, out).view(np.uint8).data
+
+    shape = (part.shape[0] + len(rows), *part.shape[1:])
+    return Part(part.name, part.code, shape, part.nbytes + rows.size * out.itemsize, pieces)
 
 
 def _as_it_is(info: TensorInfo) -> list[Piece]:

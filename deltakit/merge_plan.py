@@ -11,9 +11,10 @@ import numpy as np
 
 from deltakit.arithmetic import Contribution, union_between
 from deltakit.dtypes import DTYPES, Array, DType, dtype_of
-from deltakit.errors import ConfigError, DeltakitError
+from deltakit.errors import ConfigError, DeltaError, DeltakitError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_file import GATHER_MAPPED, TensorInfo
+from deltakit.grown_rows import appended_to
 from deltakit.identity import check_base
 from deltakit.merge_inputs import Input, chosen_head, common_config, common_extras, contributions
 
@@ -42,6 +43,12 @@ class Plan:
     def entries(self) -> int:
         """Entries that change: the union of the supports, over all tensors."""
         return sum(_union_size(parts) for parts in self.touched.values())
+
+    @property
+    def appended(self) -> dict[str, Array]:
+        """Tensor of the base -> the rows to be appended to it (see `deltakit.grown_rows`)."""
+        grown = {name: appended_to(name) for name in self.extras}
+        return {to[0]: self.extras[name] for name, to in grown.items() if to is not None}
 
     def merge_kind(self, info: TensorInfo) -> DType:
         """The dtype in which a tensor of the base is merged."""
@@ -105,6 +112,12 @@ def plan_merge(
     elif dtype is None:
         notes += _not_as_trained(base, touched)
     plan = Plan(base, inputs, touched, extras, config, dtype, untouched, notes)
+    both = [name for name in plan.appended if name in extras]
+    if both:
+        raise DeltaError(
+            f"{both[0]!r} is a whole extra in one delta and gets rows appended by another; the two "
+            "cannot be merged"
+        )
     for name in touched:  # refuses dtypes that cannot be read before anything is written
         plan.merge_kind(base.tensors[name])
     return plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from deltakit.delta import SparseDelta, TensorDelta
+from deltakit.delta import Fingerprint, SparseDelta, TensorDelta
 from deltakit.dtypes import Array, dtype_of
 from deltakit.errors import DeltaError, FormatError
 from deltakit.formats import bits, codings, header_json, safetensors_header
@@ -29,13 +29,15 @@ def pieces(
     records: dict[str, TensorRecord] = {}
     streams: dict[str, list[bytes]] = {}
     for tensor in delta.tensors.values():
-        record, parts = _tensor(tensor, delta, values, order, base_values)
+        known = None if delta.base is None else delta.base.tensors.get(tensor.name)
+        record, parts = tensor_streams(tensor, known, values, order, base_values)
         records[tensor.name] = record
         for name, data in zip(record.streams(), parts, strict=True):
             streams.setdefault(name, []).append(data)
     extras = {}
     for name, array in delta.extras.items():
-        extras[name], streams[name] = _extra(name, array)
+        extras[name], data = extra_stream(name, array)
+        streams[name] = [data]
     header = SdeltaHeader(
         tensors=records,
         extras=extras,
@@ -49,10 +51,15 @@ def pieces(
         yield from streams[name]
 
 
-def _tensor(
-    tensor: TensorDelta, delta: SparseDelta, values: str | None, order: bool, base_values: bool
+def tensor_streams(
+    tensor: TensorDelta,
+    known: Fingerprint | None,
+    values: str | None = None,
+    order: bool = True,
+    base_values: bool = True,
 ) -> tuple[TensorRecord, list[bytes]]:
-    """The record of `tensor` and its streams, in the order of `TensorRecord.streams`."""
+    """The record of `tensor`, whose base is `known` by this fingerprint, and its streams, in the
+    order of `TensorRecord.streams`."""
     where = f"tensor {tensor.name!r}"
     kind = value_dtype(tensor, values)
     place = Place(tensor.name, tensor.shape, tensor.nnz, tensor.seed, where)
@@ -67,7 +74,6 @@ def _tensor(
     digests = [_digest(data) for data in parts]
     base_digest = digests.pop() if base_values and tensor.base_values is not None else None
     order_digest = digests.pop() if width is not None else None
-    known = None if delta.base is None else delta.base.tensors.get(tensor.name)
     record = TensorRecord(
         name=tensor.name,
         shape=tensor.shape,
@@ -91,12 +97,13 @@ def _tensor(
     return record, parts
 
 
-def _extra(name: str, array: Array) -> tuple[ExtraRecord, list[bytes]]:
+def extra_stream(name: str, array: Array) -> tuple[ExtraRecord, bytes]:
+    """The record of an extra and its bytes."""
     if name.startswith(RESERVED) or name == "__metadata__":
         raise DeltaError(f"extra {name!r}: names that begin with {RESERVED!r} are reserved")
     kind = dtype_of(array)
     data = array.astype(kind.numpy, copy=False).tobytes()  # row-major and little-endian
-    return ExtraRecord(name, kind.name, array.shape, _digest(data)), [data]
+    return ExtraRecord(name, kind.name, array.shape, _digest(data)), data
 
 
 def _digest(data: bytes) -> str | None:

@@ -183,7 +183,9 @@ def test_set_tensors_join_where_they_agree() -> None:
         dk.add(bits([5], [2]), bits([5], [3]))
     with pytest.raises(DeltaError, match="'b' is in set mode and carries no base values"):
         dk.scale(bits([5], [2], keep=False), 0.5)
-    with pytest.raises(DeltaError, match="'b' is in set mode in one delta .* do not give its bits"):
+    with pytest.raises(
+        DeltaError, match=r"'b' is in set mode in one delta .* do not give its bits"
+    ):
         dk.add(bits([5], [np.inf]), only(add_tensor("b", [1], [1])))
 
 
@@ -203,7 +205,7 @@ def test_scaling_by_one_is_the_delta_and_a_seed_stays_with_its_support() -> None
     assert dk.intersect(delta, delta).tensors["b"].equals(delta.tensors["b"])
     with pytest.raises(ConfigError, match="weight nan is not finite"):
         dk.scale(delta, float("nan"))
-    with pytest.raises(DeltaError, match="value inf at index .* is not finite"):
+    with pytest.raises(DeltaError, match=r"value inf at index .* is not finite"):
         dk.scale(dk.scale(delta, 1e38), 1e38)
 
 
@@ -285,7 +287,12 @@ def test_rebasing_says_which_tensors_stay_set(tmp_path: Path) -> None:
     tuned = write_safetensors(tmp_path / "tuned.safetensors", {n: s[1] for n, s in sides.items()})
     bare = dk.diff(base, tuned, keep_base=False)
     added = dk.rebase(bare, base, "add")
-    assert {n: t.mode for n, t in added.tensors.items()} == dict(a="add", b="set", c="set", d="set")
+    assert {n: t.mode for n, t in added.tensors.items()} == {
+        "a": "add",
+        "b": "set",
+        "c": "set",
+        "d": "set",
+    }
     step = {"operation": "rebase", "mode": "add", "stayed_set": ["b", "c", "d"]}
     assert added.provenance["lineage"] == [step]
     back = dk.rebase(added, base, "set")
@@ -296,5 +303,5 @@ def test_rebasing_says_which_tensors_stay_set(tmp_path: Path) -> None:
         dk.rebase(bare, tuned, "add")
     with pytest.raises(ConfigError, match="mode 'both': mode is add or set"):
         dk.rebase(bare, base, "both")  # type: ignore[arg-type]
-    with pytest.raises(CoordinateError, match="'z', which .* lacks"):
+    with pytest.raises(CoordinateError, match=r"'z', which .* lacks"):
         dk.rebase(only(add_tensor("z", [0], [1])), base, "set")

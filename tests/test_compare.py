@@ -217,12 +217,12 @@ def test_command_tells_pairs_and_kinds(files: list[str]) -> None:
         "0.667",
         "-0.258",
     ] in lines
-    assert err.splitlines() == [
+    assert err == (
         "Note: a.sdelta and b.sdelta cannot be shown to belong to one base: not every delta "
-        "records its base",
+        "records its base\n"
         "Warning: a.sdelta and b.sdelta collide: 67 % of the smaller one's entries are moved the "
-        "opposite way by the other, and cancel in a sum; ties elects signs",
-    ]
+        "opposite way by the other, and cancel in a sum; ties elects signs\n"
+    )
     code, out, err = run("-q", "compare", *files)
     assert (code, err) == (0, "")
     assert "by kind" not in out
@@ -253,6 +253,8 @@ def test_command_draws_both_matrices(files: list[str]) -> None:
     assert Path("out.png").read_bytes().startswith(b"\x89PNG")
     found = dk.compare(files)
     assert found.matrix(lambda p: p.jaccard, 1.0).tolist() == [[1, 0.6, 0], [0.6, 1, 0], [0, 0, 1]]
+    code, _, err = run("compare", *files, "--plot", files[0])
+    assert (code, err[:24]) == (1, "Error: a.sdelta exists; ")
     conflicts = found.matrix(lambda p: p.conflict_share, 0.0)
     assert np.isnan(conflicts[0, 2])
     assert conflicts[1, 0] == conflicts[0, 1] == pytest.approx(2 / 3)

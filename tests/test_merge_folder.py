@@ -105,7 +105,7 @@ def test_extras_join_the_last_shard_and_the_configuration_follows(
     assert index["metadata"] == {"total_size": sum(sizes) + head.nbytes}
     assert merged.config() == {**CONFIG, **changes}
     text = (tmp_path / "out" / "config.json").read_text(encoding="utf-8")
-    assert text == json.dumps({**CONFIG, **changes}, indent=2, ensure_ascii=False) + "\n"
+    assert text == json.dumps({**CONFIG, **changes}, indent=2) + "\n"
 
 
 def test_converting_changes_index_and_configuration(
