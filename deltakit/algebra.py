@@ -155,25 +155,32 @@ def _terms(delta: SparseDelta) -> list[dict[str, Any]]:
 
 
 def _sum(one: TensorDelta, other: TensorDelta) -> TensorDelta:
-    if one.mode == other.mode == "set":
-        return _joined_bits(one, other)
-    one, other = _as_add(one), _as_add(other)
     indices = union(one.indices, other.indices)
-    total = np.zeros(len(indices), one.values.dtype)
-    for each in (one, other):  # in this order, as merging does: ((0 + v1) + v2)
-        with np.errstate(over="ignore"):  # what is too large is refused by TensorDelta
-            total[np.searchsorted(indices, each.indices)] += each.values
+    places = indices.searchsorted(one.indices), indices.searchsorted(other.indices)
+    if one.mode == other.mode == "set":
+        _require_equal_bits(one, other)
+        values = _joined(places, (one.values, other.values), len(indices))
+    else:
+        one, other = _as_add(one), _as_add(other)
+        values = np.zeros(len(indices), one.values.dtype)
+        for place, each in zip(places, (one, other), strict=True):  # ((0 + v1) + v2), as merging
+            with np.errstate(over="ignore"):  # what is too large is refused by TensorDelta
+                values[place] += each.values
+    base = None
+    if one.base_values is not None and other.base_values is not None:
+        base = _joined(places, (one.base_values, other.base_values), len(indices))
+    same = len(indices) == one.nnz == other.nnz
     return replace(
         one,
         indices=indices,
-        values=total,
-        base_values=_joined(one, other, indices, "base_values"),
+        values=values,
+        base_values=base,
         order=None,
-        seed=_seed(one, other, indices),
+        seed=one.seed if same and one.seed == other.seed else None,
     )
 
 
-def _joined_bits(one: TensorDelta, other: TensorDelta) -> TensorDelta:
+def _require_equal_bits(one: TensorDelta, other: TensorDelta) -> None:
     mine, theirs = shared(one.indices, other.indices)
     clash = one.values[mine] != other.values[theirs]
     if clash.any():
@@ -182,33 +189,14 @@ def _joined_bits(one: TensorDelta, other: TensorDelta) -> TensorDelta:
             f"two deltas (such as index {one.indices[mine][clash][0]}); rebase one of them to add "
             "mode to add up the changes"
         )
-    indices = union(one.indices, other.indices)
-    values = _joined(one, other, indices, "values")
-    assert values is not None
-    return replace(
-        one,
-        indices=indices,
-        values=values,
-        base_values=_joined(one, other, indices, "base_values"),
-        order=None,
-        seed=_seed(one, other, indices),
-    )
 
 
-def _joined(one: TensorDelta, other: TensorDelta, indices: Array, column: str) -> Array | None:
-    """A column of two tensors on the union of their supports; None unless both have it."""
-    mine, theirs = getattr(one, column), getattr(other, column)
-    if mine is None or theirs is None:
-        return None
-    made = np.empty(len(indices), mine.dtype)
-    made[np.searchsorted(indices, other.indices)] = theirs
-    made[np.searchsorted(indices, one.indices)] = mine
+def _joined(places: tuple[Array, Array], columns: tuple[Array, Array], count: int) -> Array:
+    """Two columns on the union of the supports, [count]; the first one's where both stand."""
+    made = np.empty(count, columns[0].dtype)
+    made[places[1]] = columns[1]
+    made[places[0]] = columns[0]
     return made
-
-
-def _seed(one: TensorDelta, other: TensorDelta, indices: Array) -> int | None:
-    """The seed that generates the union: the common one, where both have one support."""
-    return one.seed if one.seed == other.seed and len(indices) == one.nnz == other.nnz else None
 
 
 def _as_add(tensor: TensorDelta) -> TensorDelta:

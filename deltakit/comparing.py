@@ -98,11 +98,8 @@ class Comparison:
         told = []
         for pair in self.pairs:
             if pair.base.verdict != "same":
-                what = (
-                    "belong to different bases"
-                    if pair.base.verdict == "different"
-                    else ("cannot be shown to belong to one base")
-                )
+                differ = pair.base.verdict == "different"
+                what = "belong to different bases" if differ else "may belong to different bases"
                 told.append(f"{self._labels(pair)} {what}: {pair.base.why}")
             if unknown := pair.total.unknown:
                 told.append(
@@ -125,9 +122,10 @@ class Comparison:
             return None
         share, _, pair = worst[0]
         more = len(worst) - 1
+        how = "are" if pair.total.signed == pair.total.shared else "are, by estimate,"
         rest = f"; so do {more} other pair{'s' if more > 1 else ''}" if more else ""
         return (
-            f"{self._labels(pair)} collide: {100 * share:.0f} % of the smaller one's entries are "
+            f"{self._labels(pair)} collide: {100 * share:.0f} % of the smaller one's entries {how} "
             f"moved the opposite way by the other, and cancel in a sum{rest}; ties elects signs"
         )
 

@@ -10,7 +10,7 @@ from deltakit.dtypes import Array
 def union(one: Array, other: Array) -> Array:
     """The sorted indices that stand in either, int64 [n]; both are int64, strictly increasing."""
     merged = np.sort(np.concatenate([one, other]), kind="stable")  # merges two sorted runs
-    return merged[np.diff(merged, prepend=-1) != 0]
+    return np.asarray(merged[np.diff(merged, prepend=-1) != 0])
 
 
 def shared(one: Array, other: Array) -> tuple[Array, Array]:
