@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,7 @@ from deltakit.cli.options import (
     print_json,
     progress,
 )
+from deltakit.cli.stack import method_options, stacking_options
 from deltakit.errors import ConfigError, MissingFileError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 @click.option(
     "--weights", type=NUMBERS, metavar="W,...", help="One factor per delta, such as 0.5,0.5."
 )
+@click.option("--method", metavar="METHOD", help="Stack the deltas first, as deltakit stack does.")
+@method_options
 @click.option(
     "--dtype",
     metavar="DTYPE",
@@ -46,6 +49,11 @@ if TYPE_CHECKING:
 @click.option(
     "--in-place", is_flag=True, help="Change BASE itself; deltakit revert BASE takes it back."
 )
+@click.option(
+    "--requantize",
+    is_flag=True,
+    help="Merge into a base of 4 or 8 bits by quantising again; tells how many entries survive.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything and tell sizes; write nothing.")
 @click.option("--workers", type=click.IntRange(1), help="Weight files written at a time; up to 4.")
 @mismatch_option
@@ -55,14 +63,17 @@ def command(
     paths: tuple[Path, ...],
     output: Path | None,
     weights: tuple[float, ...] | None,
+    method: str | None,
     dtype: str | None,
     head: str | None,
     in_place: bool,
+    requantize: bool,
     dry_run: bool,
     workers: int | None,
     allow_base_mismatch: bool,
     force: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Write a base with deltas merged into it.
 
@@ -75,25 +86,30 @@ def command(
     Examples:
       deltakit merge base.safetensors delta.sdelta
       deltakit merge model/ a.sdelta b.sdelta --weights 0.5,0.5 -o both/
+      deltakit merge model/ a.sdelta b.sdelta --method ties --density 0.2
       deltakit merge model/ delta.sdelta --dry-run
       deltakit merge model/ delta.sdelta --in-place
     """
     from deltakit.in_place import merge_in_place
     from deltakit.merging import merge
+    from deltakit.stacking import stack
 
     if in_place:
-        _refuse_with_in_place({"--output": output, "--dtype": dtype, "--workers": workers})
+        new = {"--output": output, "--dtype": dtype, "--workers": workers}
+        _refuse_with_in_place({**new, "--requantize": requantize or None})
     base, deltas = split(paths)
+    options = stacking_options(given)
     if in_place:
+        made = deltas if method is None else [stack(deltas, method, weights, head=head, **options)]
         with progress("Merging") as advance:
             done = merge_in_place(
                 base,
-                deltas,
-                weights=weights,
+                made,
+                weights=weights if method is None else None,
                 allow_base_mismatch=allow_base_mismatch,
                 force=force,
                 dry_run=dry_run,
-                head=head,
+                head=head if method is None else None,
                 progress=advance,
             )
         _print_in_place(done, as_json)
@@ -104,6 +120,7 @@ def command(
             deltas,
             output,
             weights=weights,
+            method=method,
             dtype=dtype,
             allow_base_mismatch=allow_base_mismatch,
             force=force,
@@ -111,6 +128,8 @@ def command(
             head=head,
             progress=advance,
             workers=workers,
+            requantize=requantize,
+            **options,
         )
     for told in report.notes:
         note(f"Note: {told}")

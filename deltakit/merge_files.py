@@ -96,6 +96,9 @@ def _part(plan: Plan, info: TensorInfo, overflows: Overflows) -> Part:
     if info.dtype not in DTYPES or not _listed(plan, info):
         code = DTYPES[info.dtype].code if info.dtype in DTYPES else info.dtype
         return Part(info.name, code, info.shape, info.nbytes, partial(_as_it_is, info))
+    if plan.requantizer is not None and info.name in plan.requantizer.parts:
+        made = plan.requantizer.parts[info.name]
+        return Part(info.name, info.kind.code, info.shape, info.nbytes, made)
     kind = plan.merge_kind(info)
     out = plan.output_kind(kind)
     size = info.numel * out.itemsize

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,10 @@ from deltakit.formats.safetensors_file import GATHER_MAPPED, TensorInfo
 from deltakit.grown_rows import appended_to
 from deltakit.identity import check_base
 from deltakit.merge_inputs import Input, chosen_head, common_config, common_extras, contributions
+from deltakit.quantized import Quantized, plain_part, quantized_in, refuse_conversion
+
+if TYPE_CHECKING:
+    from deltakit.requantize import Requantizer
 
 WINDOW = 2**18  # elements that are read, changed and written at a time
 
@@ -28,6 +32,7 @@ class Plan:
     touched: tensor name -> the contributions to it. extras: name -> whole tensors to be written.
     config: keys to be changed in config.json. dtype: as asked for: None, "trained" or a name.
     untouched: for "trained", the dtype that tensors without entries take (None: their own).
+    requantizer: makes the tensors that are quantised again, or None.
     """
 
     base: Checkpoint
@@ -38,6 +43,7 @@ class Plan:
     dtype: str | None = None
     untouched: str | None = None
     notes: list[str] = field(default_factory=list)
+    requantizer: Requantizer | None = None
 
     @property
     def entries(self) -> int:
@@ -75,7 +81,8 @@ class Plan:
         largest = max((info.numel for info in self.base.tensors.values()), default=0)
         window = 24 * min(WINDOW, largest) + densest * (64 + 32 * len(self.inputs))
         descriptions = 2**20 + 4096 * len(self.base.tensors)
-        return held + converted + window + descriptions + GATHER_MAPPED
+        again = 0 if self.requantizer is None else self.requantizer.peak_memory
+        return held + converted + window + descriptions + GATHER_MAPPED + again
 
 
 def plan_merge(
@@ -86,16 +93,19 @@ def plan_merge(
     allow_base_mismatch: bool = False,
     head: int | str | Path | None = None,
     settled: int = 0,
+    requantize: bool = False,
 ) -> Plan:
     """Check every delta against the base and against each other; see `deltakit.merging.merge`.
 
     The base of the first `settled` inputs has been checked by an earlier merge.
     """
     _check_dtype(dtype)
+    quantized = quantized_in(inputs, base, requantize=requantize)
+    refuse_conversion(base, dtype)
     notes = list(base.notes)
     for each in inputs[settled:]:
         try:
-            found = check_base(each.delta, base, allow=allow_base_mismatch)
+            found = check_base(plain_part(each.delta, quantized), base, allow=allow_base_mismatch)
         except DeltakitError as error:
             raise type(error)(f"{each.label}: {error}") from None
         notes += [f"{each.label}: {note}" for note in found]
@@ -110,8 +120,9 @@ def plan_merge(
         untouched, more = _trained(touched)
         notes += more
     elif dtype is None:
-        notes += _not_as_trained(base, touched)
-    plan = Plan(base, inputs, touched, extras, config, dtype, untouched, notes)
+        notes += _not_as_trained(base, {n: t for n, t in touched.items() if n not in quantized})
+    again = _requantizer(base, quantized, touched, notes) if quantized else None
+    plan = Plan(base, inputs, touched, extras, config, dtype, untouched, notes, again)
     both = [name for name in plan.appended if name in extras]
     if both:
         raise DeltaError(
@@ -121,6 +132,26 @@ def plan_merge(
     for name in touched:  # refuses dtypes that cannot be read before anything is written
         plan.merge_kind(base.tensors[name])
     return plan
+
+
+def _requantizer(
+    base: Checkpoint,
+    quantized: Mapping[str, Quantized],
+    touched: Mapping[str, Sequence[Contribution]],
+    notes: list[str],
+) -> Requantizer:
+    try:
+        from deltakit.requantize import Requantizer
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--requantize (requantize=True) needs {error.name}, which is not installed; "
+            "pip install 'deltakit-sparse[train,8bit]'"
+        ) from None
+    notes.append(
+        f"the base holds {len(quantized)} of the deltas' tensors quantised (such as "
+        f"{next(iter(quantized))!r}), so their values do not show whether it is the right one"
+    )
+    return Requantizer(base, quantized, touched)
 
 
 def _check_dtype(name: str | None) -> None:

@@ -23,6 +23,7 @@ from deltakit.merge_inputs import Given, read_inputs
 from deltakit.merge_output import Progress, Writing, write_output
 from deltakit.merge_plan import Plan, plan_merge
 from deltakit.naming import Output, check_output, output_for
+from deltakit.quantized import Survival, quantized_in
 from deltakit.stacking import stacked
 
 
@@ -34,7 +35,8 @@ class MergeReport:
     as given. bytes: size of all output files. tensors: tensors with entries. entries: entries that
     change (the union of the supports). extras: names of whole tensors written. files: names of the
     files in the output. peak_memory: upper estimate in bytes. base_mismatch_allowed: whether other
-    base values were let through. notes: what the user should know.
+    base values were let through. notes: what the user should know. survival: what is left of entries
+    in quantised tensors (None where none was quantised again).
     """
 
     output: str
@@ -53,6 +55,7 @@ class MergeReport:
     base_mismatch_allowed: bool
     dry_run: bool
     notes: tuple[str, ...]
+    survival: Survival | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -73,6 +76,7 @@ def merge(
     head: int | str | Path | None = None,
     progress: Progress | None = None,
     workers: int | None = None,
+    requantize: bool = False,
     **options: Any,
 ) -> MergeReport:
     """Merge one or several deltas into a base and write a new checkpoint.
@@ -91,6 +95,10 @@ def merge(
     A merge into a folder that was killed is gone on with by the next one with the same inputs: weight
     files that are whole are kept.
 
+    requantize: merge onto tensors that bitsandbytes has quantised to 4 or 8 bits by quantising
+    their blocks again, which is refused otherwise (see `deltakit.quantized`); needs torch and
+    bitsandbytes. What survives is in the report, also with dry_run.
+
     Every delta is checked before anything is written, and nothing partial is left behind. Raises
     BaseMismatchError for another base (unless allowed), CoordinateError for unknown tensors and
     other shapes, DeltaError for deltas that contradict each other, OutputExistsError for an output
@@ -106,13 +114,21 @@ def merge(
     paths = [each.path for each in given if each.path is not None]
     output = output_for(checkpoint, paths, out, many=len(given) > 1)
     check_output(output, checkpoint, paths, force)
-    inputs = given
+    inputs, notes = given, settled
     if method is not None:
-        inputs = [stacked(given, method, weights, options, checkpoint, head, allow_base_mismatch)]
+        again = quantized_in(given, checkpoint, requantize=requantize)
+        known = None if again else checkpoint  # codes tell stacking nothing about the base
+        inputs = [stacked(given, method, weights, options, known, head, allow_base_mismatch)]
+        notes, head = [*settled, *inputs[0].delta.provenance.get("notes", ())], None
     elif options:
         raise ConfigError(f"{next(iter(options))} is an option of stacking methods; give a method")
     plan = plan_merge(
-        checkpoint, inputs, dtype=dtype, allow_base_mismatch=allow_base_mismatch, head=head
+        checkpoint,
+        inputs,
+        dtype=dtype,
+        allow_base_mismatch=allow_base_mismatch,
+        head=head,
+        requantize=requantize,
     )
     overflows = Overflows()
     writing = _prepare(plan, output, overflows)
@@ -121,12 +137,15 @@ def merge(
         finished = write_output(writing, plan, output, progress, workers)
         if finished:
             plan.notes.append(f"{finished} weight files were finished by an earlier merge")
+    survival = None if plan.requantizer is None else plan.requantizer.survival()
+    if survival is not None:
+        plan.notes.append(survival.note())
     return MergeReport(
         output=str(output.path),
         is_folder=output.is_folder,
         base=str(checkpoint.path),
         deltas=tuple(each.label for each in given),
-        weights=tuple(weights or [1.0] * len(given)),
+        weights=tuple(weights or [1.0] * len(given)) if method else tuple(i.weight for i in given),
         method=method,
         dtype=dtype,
         bytes=sum(sizes.values()),
@@ -137,7 +156,8 @@ def merge(
         peak_memory=plan.peak_memory,
         base_mismatch_allowed=allow_base_mismatch,
         dry_run=dry_run,
-        notes=tuple(settled + plan.notes + overflows.notes()),
+        notes=tuple(notes + plan.notes + overflows.notes()),
+        survival=survival,
     )
 
 
