@@ -9,7 +9,7 @@ import numpy as np
 
 from deltakit.comparing import Comparison
 from deltakit.dtypes import Array
-from deltakit.training.figures import drawn
+from deltakit.figures import drawn
 
 _NUMBERED = 12  # up to so many deltas, every cell shows its number
 _MAP = "cividis"  # reads the same with any colour vision, and in grey

@@ -11,7 +11,7 @@ import numpy as np
 from deltakit.analyses import UnmaskingHistory, distances, total_distance, unmasking_history
 from deltakit.delta import SparseDelta
 from deltakit.errors import DeltaError
-from deltakit.training.figures import can_draw, drawn
+from deltakit.figures import can_draw, drawn
 
 _POINTS = 33  # steps told of a run's history: every 32nd part of the time until the last entry
 _LINES = 12  # kinds of tensor drawn one by one; the rest is drawn together

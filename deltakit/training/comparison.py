@@ -12,13 +12,13 @@ from typing import Any
 
 from deltakit.budget import format_bytes
 from deltakit.errors import ConfigError, nearest
+from deltakit.figures import can_draw, drawn
 from deltakit.formats.atomic import write_bytes
 from deltakit.selection import METHODS
 from deltakit.selection.recipe import settings_of
 from deltakit.training.cells import Cell, run_cells
 from deltakit.training.config import METHOD_SETTINGS
 from deltakit.training.config_file import resolve
-from deltakit.training.figures import can_draw, drawn
 from deltakit.training.peers import PEERS, RATES
 from deltakit.training.prepare import Say
 from deltakit.training.presets import PRESETS

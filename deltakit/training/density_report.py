@@ -14,12 +14,12 @@ import torch
 
 from deltakit.analyses import distances, total_distance
 from deltakit.errors import DeltaError
+from deltakit.figures import can_draw, drawn
 from deltakit.formats.sdelta import load
 from deltakit.formats.seeded import seeded_support
 from deltakit.selection.allocation import proportional_counts
 from deltakit.training.calibration import TrainerCalibration
 from deltakit.training.curvature import Support, hessian_norm
-from deltakit.training.figures import can_draw, drawn
 from deltakit.training.trainer import SparseTrainer
 
 _PARTS = (64, 16, 4, 1)  # norms are taken of these parts of a support, and of all of it

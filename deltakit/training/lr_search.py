@@ -13,9 +13,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from deltakit.errors import ConfigError, TrainingError
+from deltakit.figures import can_draw, drawn
 from deltakit.formats.atomic import write_bytes
 from deltakit.selection.scene import Calibration
-from deltakit.training.figures import can_draw, drawn
 from deltakit.training.lr_trial import MakeTuner, Support, Trial, density_of, run_trial
 
 SMALLEST, LARGEST = 1e-8, 10.0  # rates outside are not tried

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from deltakit.budget import format_bytes
+from deltakit.figures import can_draw, drawn
 from deltakit.formats.atomic import write_bytes
-from deltakit.training.figures import can_draw, drawn
 from deltakit.training.watch import finite
 
 _NUMBERS = re.compile(r"\[\n([-+.,\w\s]*)\]")  # a list of numbers, which goes on one line

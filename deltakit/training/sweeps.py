@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from deltakit.errors import ConfigError
+from deltakit.figures import can_draw, drawn
 from deltakit.formats.atomic import write_bytes
 from deltakit.training.cells import Cell, run_cells
 from deltakit.training.config_file import resolve
-from deltakit.training.figures import can_draw, drawn
 from deltakit.training.prepare import Say
 from deltakit.training.watch import finite
 
