@@ -12,14 +12,13 @@ from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 
-import numpy as np
-
 from deltakit.budget import format_bytes
 from deltakit.carry import Carried, copy_carried
 from deltakit.errors import OutputError
 from deltakit.formats import rewrite
 from deltakit.formats.atomic import replacing
 from deltakit.formats.partial_folder import finishing, is_whole, resuming_folder
+from deltakit.lineage import digest
 from deltakit.merge_files import WeightFile
 from deltakit.merge_plan import Plan
 from deltakit.naming import Output
@@ -89,19 +88,18 @@ def merge_key(plan: Plan, writing: Writing) -> str:
 
     The base counts by its files' sizes and times of change, so that it need not be read.
     """
-    found = hashlib.sha256(repr((plan.dtype, plan.untouched)).encode())
+    found = hashlib.sha256(repr((plan.dtype, plan.untouched, plan.requantizer is None)).encode())
     for file in [shard.path for shard in plan.base.shards.values()]:
         status = file.stat()
         found.update(repr((str(file), status.st_size, status.st_mtime_ns)).encode())
     for weights in writing.weights:
         found.update(weights.name.encode() + b"\0" + weights.header)
-    for name, contributions in plan.touched.items():
-        for each in contributions:
-            found.update(repr((name, each.weight, each.delta.mode)).encode())
-            found.update(np.ascontiguousarray(each.delta.indices).data)
-            found.update(np.ascontiguousarray(each.delta.values).view(np.uint8).data)
-    for name, array in plan.extras.items():
-        found.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    for each in plan.inputs:
+        found.update(f"{digest(each.delta)} {each.weight}".encode())
+    for name, array in plan.extras.items():  # of the head that was chosen
+        found.update(name.encode() + b"\0" + array.tobytes())
+    for data in writing.small.values():
+        found.update(data)
     return found.hexdigest()[:16]
 
 
