@@ -12,12 +12,12 @@ from deltakit.dtypes import dtype_of
 
 
 def digest(delta: SparseDelta) -> str:
-    """16 hexadecimal digits of sha256 over what a delta holds: tensors and extras, bit for bit.
+    """16 hexadecimal digits of BLAKE2b over what a delta holds: tensors and extras, bit for bit.
 
     The same for a delta in memory and in a file, whatever its name, order of unmasking, base
     identity or provenance are.
     """
-    seen = hashlib.sha256()
+    seen = hashlib.blake2b(digest_size=8)
     for name, tensor in delta.tensors.items():
         head = [name, list(tensor.shape), tensor.dtype, tensor.mode, tensor.nnz]
         seen.update(json.dumps(head).encode())
@@ -26,7 +26,7 @@ def digest(delta: SparseDelta) -> str:
     for name, extra in delta.extras.items():
         seen.update(json.dumps([name, list(extra.shape), dtype_of(extra).name]).encode())
         seen.update(extra.tobytes())
-    return seen.hexdigest()[:16]
+    return seen.hexdigest()
 
 
 def brief(provenance: Mapping[str, Any]) -> dict[str, Any]:

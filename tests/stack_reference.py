@@ -74,14 +74,15 @@ def trim(tau: Dense, o: dict[str, Any]) -> Dense:
     flat = np.concatenate([array.reshape(-1) for array in tau.values()])
     if o["trim_scope"] == "global":
         whole = len(flat) if o["density_of"] == "numel" else np.count_nonzero(flat)
-        kept = flat * largest(np.abs(flat), count(o["density"], int(whole), o["rounding"]))
+        k = max(o["least"], count(o["density"], int(whole), o["rounding"]))
+        kept = flat * largest(np.abs(flat), k)
         ends = np.cumsum([array.size for array in tau.values()])[:-1]
         pieces = np.split(kept, ends)
         return {n: p.reshape(tau[n].shape) for n, p in zip(tau, pieces, strict=True)}
     made = {}
     for name, array in tau.items():
         whole = array.size if o["density_of"] == "numel" else np.count_nonzero(array)
-        k = count(o["density"], int(whole), o["rounding"])
+        k = max(o["least"], count(o["density"], int(whole), o["rounding"]))
         made[name] = array * largest(np.abs(array).reshape(-1), k).reshape(array.shape)
     return made
 

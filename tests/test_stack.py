@@ -249,6 +249,7 @@ def test_lineage_tells_everything(tmp_path: Path) -> None:
             "density_of": "entries",
             "rounding": "exact",
             "trim_scope": "global",
+            "least": 0,
         },
         "sources": [
             {

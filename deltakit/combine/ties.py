@@ -28,7 +28,7 @@ class Ties(Trimmed, Elected):
     """
 
     flavours: ClassVar[Flavours] = {
-        "mergekit": {"trim_scope": "tensor", "density_of": "numel", **MERGEKIT},
+        "mergekit": {"trim_scope": "tensor", "density_of": "numel", "least": 1, **MERGEKIT},
         "peft": {"trim_scope": "tensor", "density_of": "numel", **PEFT},
     }
 

@@ -50,10 +50,12 @@ class Trimmed(Dense):
 
     trim_scope: over the whole delta ("global") or in each tensor by itself ("tensor"). Ties break
     by tensor order, then by lower index. Share of "numel" and scope "global" need the number of
-    the base's weights, as deltas record it.
+    the base's weights, as deltas record it. least: of changes that stay where there are any, in
+    the delta or in each tensor (mergekit: 1).
     """
 
     trim_scope: Literal["global", "tensor"] = "global"
+    least: int = 0
 
     def trimmed(self, tasks: Tasks) -> list[dict[str, Vector]]:
         """The task vectors, trimmed; tensors in which nothing is left stay, empty."""
@@ -63,7 +65,7 @@ class Trimmed(Dense):
         vectors = task.vectors()
         if self.trim_scope == "tensor":
             return {
-                name: kept(v, top(np.abs(v.values), self.count_in(task, name, v)))
+                name: kept(v, top(np.abs(v.values), max(self.least, self.count_in(task, name, v))))
                 for name, v in vectors.items()
             }
         if not vectors:
@@ -77,7 +79,8 @@ class Trimmed(Dense):
             )
         else:
             whole = total_weights
-        keep = top(np.concatenate([np.abs(v.values) for v in vectors.values()]), self.count(whole))
+        sizes = np.concatenate([np.abs(v.values) for v in vectors.values()])
+        keep = top(sizes, max(self.least, self.count(whole)))
         ends = np.cumsum([len(v.indices) for v in vectors.values()])
         masks = np.split(keep, ends[:-1])
         return {name: kept(v, mask) for (name, v), mask in zip(vectors.items(), masks, strict=True)}
@@ -85,7 +88,8 @@ class Trimmed(Dense):
 
 def kept(vector: Vector, mask: Array) -> Vector:
     """The changes where the mask [n] is true."""
-    return vector if mask.all() else Vector(vector.indices[mask], vector.values[mask])
+    at = np.flatnonzero(mask)  # far quicker than the mask itself where little stays
+    return vector if len(at) == len(mask) else Vector(vector.indices[at], vector.values[at])
 
 
 def share(density: float, whole: int, rounding: Literal["exact", "float"] = "exact") -> int:
