@@ -18,7 +18,7 @@ from checkpoint_factory import read_safetensors, write_safetensors, write_sharde
 from click.testing import CliRunner
 from merge_reference import adding, only
 from safetensors.torch import load_file, save_file
-from tiny_models import write_llama
+from tiny_models import write_gpt2, write_llama
 
 from deltakit.cli.main import main
 from deltakit.delta import BaseIdentity, SparseDelta, TensorDelta
@@ -196,6 +196,24 @@ def test_any_shape(tmp_path: Path, scheme: str, shape: tuple[int, ...]) -> None:
         assert torch.equal(dequantize(dense).reshape(shape), after)
 
 
+def test_codes_may_be_stored_in_any_dtype(tmp_path: Path) -> None:
+    """bnb_4bit_quant_storage: the same bytes under another name, and weights are not for them."""
+    base = written(tmp_path / "base.safetensors", "nf4")
+    stored = load_file(base)
+    stored["w.weight"] = stored["w.weight"].view(-1).view(torch.bfloat16).view(-1, 1)
+    save_file(stored, tmp_path / "stored.safetensors")
+    for name in ("base", "stored"):
+        out = tmp_path / f"{name}-out.safetensors"
+        merge(tmp_path / f"{name}.safetensors", only(entries(0.02)), out, requantize=True)
+    one, two = (read_safetensors(tmp_path / f"{n}-out.safetensors") for n in ("base", "stored"))
+    assert one["w.weight"][2] == two["w.weight"][2] and two["w.weight"][0] == "BF16"
+    delta = diff(tmp_path / "stored.safetensors", tmp_path / "stored-out.safetensors")
+    merge(tmp_path / "stored.safetensors", delta, tmp_path / "again.safetensors")
+    assert read_safetensors(tmp_path / "again.safetensors") == two
+    with pytest.raises(BaseMismatchError, match="bitsandbytes nf4"):
+        merge(tmp_path / "stored.safetensors", delta, tmp_path / "half.safetensors", weights=[0.5])
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_refused_in_one_line(tmp_path: Path, scheme: str) -> None:
     base = written(tmp_path / "base.safetensors", scheme)
@@ -349,6 +367,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(DeltaError, match="not finite or too large for"):
         merge(base, only(entries(1e38)), out, weights=[1e3], requantize=True)
+    whole = np.zeros(SHAPE, np.float32)
+    with pytest.raises(BaseMismatchError, match=r"extra 'w\.weight' is float32, in .* quantised"):
+        merge(base, only(extras={"w.weight": whole}), out, requantize=True)
     stored = load_file(base)
     stored["w.weight.absmax"] = stored["w.weight.absmax"][:-1].clone()
     save_file(stored, tmp_path / "short.safetensors")
@@ -390,6 +411,20 @@ def test_folders_of_transformers(tmp_path: Path, scheme: str) -> None:
     layer = read.model.layers[1].mlp.down_proj
     assert torch.equal(dequantize(dict(layer.state_dict(prefix="w."))), merged)
     assert torch.isfinite(read(torch.arange(6)[None]).logits).all()
+
+
+def test_transposed_layers_are_refused(tmp_path: Path) -> None:
+    """transformers quantises Conv1D weights transposed; of a square one the shape does not tell."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    plain, base = tmp_path / "plain", tmp_path / "base"
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(write_gpt2(plain), quantization_config=settings)
+    model.save_pretrained(base)
+    zeros = np.zeros((16, 16), np.float32)
+    delta = adding("transformer.h.0.attn.c_proj.weight", zeros, np.random.default_rng(0), 5)
+    with pytest.raises(CoordinateError, match="quantised transposed"):
+        merge(base, only(delta), tmp_path / "out", requantize=True)
 
 
 def test_plain_merging_imports_no_torch(tmp_path: Path) -> None:
