@@ -23,6 +23,9 @@ def digest(delta: SparseDelta) -> str:
         seen.update(json.dumps(head).encode())
         seen.update(tensor.indices.data)
         seen.update(tensor.values.data)
+        if tensor.base_values is not None:
+            seen.update(b"base")
+            seen.update(tensor.base_values.data)
     for name, extra in delta.extras.items():
         seen.update(json.dumps([name, list(extra.shape), dtype_of(extra).name]).encode())
         seen.update(extra.tobytes())

@@ -108,9 +108,10 @@ def merge(
         refuse_delta(base)
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint(base)
     settled = settle_base(checkpoint, dry_run=dry_run)
-    if method is None and any(isinstance(weight, Mapping) for weight in weights or ()):
-        method = "linear"
-    given = read_inputs(deltas, weights if method is None else None)
+    numbers = None if weights is None else [w for w in weights if not isinstance(w, Mapping)]
+    if method is None and numbers is not None and len(numbers) != len(weights or ()):
+        method = "linear"  # the same sum, with weights by pattern
+    given = read_inputs(deltas, numbers if method is None else None)
     paths = [each.path for each in given if each.path is not None]
     output = output_for(checkpoint, paths, out, many=len(given) > 1)
     check_output(output, checkpoint, paths, force)

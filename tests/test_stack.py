@@ -287,6 +287,9 @@ def test_digests_see_every_part() -> None:
     ]
     assert len({digest(d) for d in [delta, *others]}) == 6
     assert digest(replace(delta, provenance={"a": 1})) == digest(delta)
+    at, base = np.arange(2), np.zeros(4, np.float32)
+    sets = [only(setting(base, "w", at, np.random.default_rng(0), keep)) for keep in (False, True)]
+    assert digest(sets[0]) != digest(sets[1])
 
 
 def test_progress_goes_over_tensors(tmp_path: Path) -> None:
