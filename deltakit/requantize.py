@@ -166,4 +166,4 @@ def _places(at: Array, ids: Array, size: int) -> tuple[Array, Array]:
 def _peak(base: Checkpoint, name: str, blocks: Blocks) -> int:
     """Bytes: codes and scales before, after and as stored, and the work on one chunk."""
     stored = sum(base.info(each).nbytes for each in blocks.written)
-    return 4 * stored + 32 * max(_CHUNK, blocks.size)
+    return 4 * stored + 64 * max(_CHUNK, blocks.size)
