@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import pairwise
 from mmap import PAGESIZE
@@ -22,8 +21,9 @@ from deltakit.formats.checkpoint_files import locate
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_SPAN = 2**20  # bytes that are written by one call
-_CHUNK = 2**16  # entries whose spans are found at a time
+_SPAN = 2**20  # bytes that are read and written by one call
+_CHUNK = 2**16  # entries whose places are found at a time
+_MANY = 4  # runs that cost as much as a span that is read first
 
 
 class OpenWeights:
@@ -134,27 +134,30 @@ def _lock(file: BinaryIO, path: Path) -> None:
 
 
 def _patch(file: BinaryIO, starts: Array, words: Array) -> None:
-    """Write `words` [n] at the bytes `starts` [n], sorted, span by span."""
+    """Write `words` [n] at the bytes `starts` [n], sorted.
+
+    Runs of neighbouring entries are written one by one or, where pages hold many of them, whole
+    spans of pages are read, changed and written.
+    """
     itemsize = words.itemsize
-    for first, last in _spans(starts):
+    runs = _cut(np.diff(starts) != itemsize)
+    spans = _cut((np.diff(starts // PAGESIZE) > 1) | (np.diff(starts // _SPAN) > 0))
+    if len(runs) <= _MANY * len(spans):
+        data = memoryview(words.tobytes())
+        for at, first, last in zip(starts[runs[:-1]].tolist(), runs, runs[1:], strict=False):
+            _write(file, at, data[first * itemsize : last * itemsize])
+        return
+    for first, last in pairwise(spans):
         at = int(starts[first])
-        size = int(starts[last - 1]) + itemsize - at
-        if size == (last - first) * itemsize:
-            _write(file, at, words[first:last].view(np.uint8).data)
-            continue
-        bytes_between = np.frombuffer(_read(file, at, size), np.uint8)
+        data = np.frombuffer(_read(file, at, int(starts[last - 1]) + itemsize - at), np.uint8)
         places = (starts[first:last] - at)[:, None] + np.arange(itemsize)
-        bytes_between[places] = words[first:last].view(np.uint8).reshape(-1, itemsize)
-        _write(file, at, bytes_between.data)
+        data[places] = words[first:last].view(np.uint8).reshape(-1, itemsize)
+        _write(file, at, data.data)
 
 
-def _spans(starts: Array) -> Iterator[tuple[int, int]]:
-    """Ranges [first, last) of entries that stand on the same or on neighbouring pages: writing
-    one from end to end touches no page without an entry."""
-    far = np.diff(starts // PAGESIZE) > 1
-    far |= np.diff(starts // _SPAN) > 0
-    bounds = [0, *(np.flatnonzero(far) + 1).tolist(), len(starts)]
-    return pairwise(bounds)
+def _cut(here: Array) -> list[int]:
+    """The bounds of n + 1 entries that are cut between i and i + 1 wherever `here` [n] says so."""
+    return [0, *(np.flatnonzero(here) + 1).tolist(), len(here) + 1]
 
 
 def _read(file: BinaryIO, at: int, size: int) -> bytearray:

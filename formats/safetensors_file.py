@@ -21,6 +21,7 @@ from deltakit.formats import safetensors_header
 
 _GATHER_CHUNK = 256  # entries
 GATHER_MAPPED = _GATHER_CHUNK * 2**16  # bytes: a fault maps up to 64 kB around an entry
+_SCATTERED = 2**15  # bytes of a tensor per entry from which on reading ahead does not pay
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -100,6 +101,7 @@ class SafetensorsFile:
         """
         words = self.words(name)
         out = np.empty(len(indices), words.dtype)
+        self._expect(scattered=len(indices) * _SCATTERED < words.nbytes)
         for at in range(0, len(indices), _GATHER_CHUNK):
             part = indices[at : at + _GATHER_CHUNK]
             low, high = int(part.min()), int(part.max())
@@ -111,6 +113,7 @@ class SafetensorsFile:
             out[at : at + _GATHER_CHUNK] = words[part]
             first = self._info(name).offset + low * words.itemsize
             self._release(first, (high - low + 1) * words.itemsize)
+        self._expect(scattered=False)
         return out
 
     @cached_property
@@ -123,6 +126,12 @@ class SafetensorsFile:
             return self.tensors[name]
         except KeyError:
             raise CoordinateError(f"{self.path} has no tensor {name!r}") from None
+
+    def _expect(self, *, scattered: bool) -> None:
+        """Tell the system whether to read ahead: around entries far apart that would read (and,
+        in holes, make) many times the pages that are wanted."""
+        if hasattr(mmap, "MADV_RANDOM"):
+            self._map.madvise(mmap.MADV_RANDOM if scattered else mmap.MADV_NORMAL)
 
     def _release(self, offset: int, size: int) -> None:
         """Hand mapped pages back; the system's file cache keeps them, and a later use maps them
