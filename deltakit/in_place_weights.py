@@ -149,10 +149,10 @@ def _patch(file: BinaryIO, starts: Array, words: Array) -> None:
         return
     for first, last in pairwise(spans):
         at = int(starts[first])
-        data = np.frombuffer(_read(file, at, int(starts[last - 1]) + itemsize - at), np.uint8)
+        span = np.frombuffer(_read(file, at, int(starts[last - 1]) + itemsize - at), np.uint8)
         places = (starts[first:last] - at)[:, None] + np.arange(itemsize)
-        data[places] = words[first:last].view(np.uint8).reshape(-1, itemsize)
-        _write(file, at, data.data)
+        span[places] = words[first:last].view(np.uint8).reshape(-1, itemsize)
+        _write(file, at, span.data)
 
 
 def _cut(here: Array) -> list[int]:
