@@ -22,6 +22,7 @@ def _default(lr: float, **settings: Any) -> dict[str, Any]:
 
 SPREAD = {"allocation": "proportional"}  # global selection crowds into a few tensors
 EARLY = {**SPREAD, "precondition": "factored", "unmask_fraction": 0.1}  # late entries learn little
+CROWDED = 1e-3  # entries chosen by raw gradients share columns, move together, and diverge above
 
 DEFAULTS: dict[str, dict[str, Any]] = {  # method -> settings
     "id3": _default(2e-2, **EARLY, schedule="uniform", eps=1.0, exp=0.0),
@@ -39,12 +40,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # method -> settings
     "drop-and-grow": _default(1e-2),
     "pafi": _default(1e-2),
     "super-tuning": _default(1e-2),
-    "sift": _default(1e-2),
-    "sam": _default(1e-2, **SPREAD),
-    "snip": _default(1e-2, **SPREAD),
-    "grasp": _default(1e-2, **SPREAD),
-    "fish": _default(1e-2, **SPREAD),
-    "child-tuning-d": _default(1e-2, **SPREAD),
+    "sift": _default(CROWDED),
+    "sam": _default(CROWDED, **SPREAD),
+    "snip": _default(CROWDED, **SPREAD),
+    "grasp": _default(CROWDED, **SPREAD),
+    "fish": _default(CROWDED, **SPREAD),
+    "child-tuning-d": _default(CROWDED, **SPREAD),
     "child-tuning-f": _default(1e-3, **SPREAD),  # its entries start trained
     "diff-pruning": _default(1e-3, **SPREAD),  # its entries start trained
     "lt-sft": _default(1e-2, **SPREAD),
