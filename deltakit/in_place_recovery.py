@@ -32,7 +32,11 @@ def settle(weights: OpenWeights, journal: Journal, *, force: bool = False) -> li
     if roll_back(weights, journal, force=force) is not None:
         notes.append(f"an interrupted merge into {journal.model} was rolled back first")
     if journal.reverting.exists():
-        finish_revert(weights, journal, force=force)
+        record = Record.load(journal.reverting)
+        record.check_coordinates(weights.checkpoint)
+        if not force:
+            _check_all(weights, record, {name: t.values for name, t in record.tensors.items()})
+        write_back(weights, journal, record)
         notes.append(f"an interrupted revert of {journal.model} was finished first")
     journal.prune()
     return notes
@@ -74,18 +78,10 @@ def roll_back(weights: OpenWeights, journal: Journal, *, force: bool = False) ->
     return record
 
 
-def finish_revert(
-    weights: OpenWeights,
-    journal: Journal,
-    *,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Record:
-    """Write the original bits of the revert that has begun, and remove the journal."""
-    record = Record.load(journal.reverting)
-    record.check_coordinates(weights.checkpoint)
-    if not force:
-        _check_all(weights, record, {name: t.values for name, t in record.tensors.items()})
+def write_back(
+    weights: OpenWeights, journal: Journal, record: Record, progress: Progress | None = None
+) -> None:
+    """Write the original bits of `record`, the revert that has begun, and remove the journal."""
     done = 0
     for tensor in record.tensors.values():
         put(weights, tensor, tensor.values)
@@ -94,7 +90,6 @@ def finish_revert(
             progress(done, record.entries)
     weights.sync()
     journal.end_revert()
-    return record
 
 
 def put(weights: OpenWeights, tensor: TensorDelta, target: Array) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from deltakit.errors import JournalError, MissingFileError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.in_place_recovery import Progress, finish_revert, settle
+from deltakit.in_place_recovery import Progress, settle, write_back
 from deltakit.in_place_weights import OpenWeights
 from deltakit.journal import Journal
 from deltakit.journal_record import Record, check_bits
@@ -82,7 +82,7 @@ def revert(
             check_bits(checkpoint, record)
         opened.refuse_changes()
         journal.begin_revert(record)
-        finish_revert(opened, journal, force=force, progress=progress)
+        write_back(opened, journal, record, progress)
     return RevertReport(
         model=str(checkpoint.path),
         deltas=tuple(each.label for each in record.merged),

@@ -21,7 +21,7 @@ from deltakit.formats import safetensors_header
 
 _GATHER_CHUNK = 256  # entries
 GATHER_MAPPED = _GATHER_CHUNK * 2**16  # bytes: a fault maps up to 64 kB around an entry
-_SCATTERED = 2**15  # bytes of a tensor per entry from which on reading ahead does not pay
+_SCATTERED = 2**15  # bytes of a tensor per entry from which on entries are read one by one
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -100,21 +100,41 @@ class SafetensorsFile:
         Raises CoordinateError for an index outside the tensor.
         """
         words = self.words(name)
+        if len(indices) * _SCATTERED < words.nbytes:
+            return self._read_each(name, indices)
         out = np.empty(len(indices), words.dtype)
-        self._expect(scattered=len(indices) * _SCATTERED < words.nbytes)
         for at in range(0, len(indices), _GATHER_CHUNK):
             part = indices[at : at + _GATHER_CHUNK]
-            low, high = int(part.min()), int(part.max())
-            if low < 0 or high >= words.size:
-                raise CoordinateError(
-                    f"{self.path}: tensor {name!r} has {words.size} elements, "
-                    f"index {low if low < 0 else high} is outside"
-                )
+            low, high = self._range(name, part)
             out[at : at + _GATHER_CHUNK] = words[part]
             first = self._info(name).offset + low * words.itemsize
             self._release(first, (high - low + 1) * words.itemsize)
-        self._expect(scattered=False)
         return out
+
+    def _read_each(self, name: str, indices: Array) -> Array:
+        """`gather` for entries so far apart that mapping, let alone reading ahead, costs more than
+        a call for each."""
+        info = self._info(name)
+        if indices.size:
+            self._range(name, indices)
+        size = info.kind.itemsize
+        found = []
+        with self.path.open("rb", buffering=0) as file:
+            for place in (info.offset + indices * size).tolist():
+                file.seek(place)
+                found.append(file.read(size))
+        return np.frombuffer(bytearray().join(found), info.kind.words)
+
+    def _range(self, name: str, indices: Array) -> tuple[int, int]:
+        """The least and the largest index; CoordinateError when one is outside the tensor."""
+        low, high = int(indices.min()), int(indices.max())
+        numel = self._info(name).numel
+        if low < 0 or high >= numel:
+            raise CoordinateError(
+                f"{self.path}: tensor {name!r} has {numel} elements, "
+                f"index {low if low < 0 else high} is outside"
+            )
+        return low, high
 
     @cached_property
     def _map(self) -> mmap.mmap:
@@ -126,12 +146,6 @@ class SafetensorsFile:
             return self.tensors[name]
         except KeyError:
             raise CoordinateError(f"{self.path} has no tensor {name!r}") from None
-
-    def _expect(self, *, scattered: bool) -> None:
-        """Tell the system whether to read ahead: around entries far apart that would read (and,
-        in holes, make) many times the pages that are wanted."""
-        if hasattr(mmap, "MADV_RANDOM"):
-            self._map.madvise(mmap.MADV_RANDOM if scattered else mmap.MADV_NORMAL)
 
     def _release(self, offset: int, size: int) -> None:
         """Hand mapped pages back; the system's file cache keeps them, and a later use maps them
