@@ -3,11 +3,13 @@
     python benchmarks/in_place.py [sizes] [huge] [--rounds 5] [--folder DIR]
 
 sizes: bfloat16 checkpoints of 0.5 GB and 2.2 GB with the tensors of a Llama of 22 layers, merged
-into, by the function and by the command, and reverted in alternating rounds. huge: an 800 GB checkpoint of sparse files (holes), one
-tensor of which has more than 2^32 elements; merge and revert against `pwrite` of the same two bytes
-at the same positions of a second such checkpoint and one fsync per file. The support is uniformly
-random, so nearly every entry has a page of its own. Times are medians of wall-clock seconds, to the
-moment the data are on the disk; what was merged is compared with the expected words.
+into, by the function and by the command, and reverted in alternating rounds; raw writes to the same
+positions tell how much of the difference is due to more pages that hold entries. huge: an 800 GB
+checkpoint of sparse files (holes), one tensor of which has more than 2^32 elements; merge and revert
+against `pwrite` of the same two bytes at the same positions of a second such checkpoint and one
+fsync per file. The support is uniformly random, so nearly every entry has a page of its own. Times
+are medians of wall-clock seconds, to the moment the data are on the disk; what was merged is
+compared with the expected words.
 """
 
 from __future__ import annotations
@@ -121,6 +123,14 @@ def check(model: Path, delta: SparseDelta, before: Mapping[str, Array], *, merge
             raise SystemExit(f"{model}: tensor {name!r} is wrong")
 
 
+def after(delta: SparseDelta) -> dict[str, Array]:
+    """The words that a base of zeros gets."""
+    return {
+        name: tensor.values.astype(ml_dtypes.bfloat16).view(np.uint16)
+        for name, tensor in delta.tensors.items()
+    }
+
+
 def timed(times: Times, what: str, action: Callable[[], object]) -> None:
     """Add the wall-clock seconds of one call to `times`."""
     os.sync()
@@ -167,8 +177,10 @@ def sizes(folder: Path, rounds: int) -> None:
                 check(model, delta, before, merged=True)
                 timed(times, f"revert {what}", partial(revert, model))
                 check(model, delta, before, merged=False)
+            timed(times, f"raw writes {what}", partial(raw_writes, model, delta, after(delta)))
+            raw_writes(model, delta, before)
     found = tell(times)
-    for what in ("merge", "command", "revert"):
+    for what in ("merge", "command", "revert", "raw writes"):
         print(f"{what}, 2.2 GB / 0.5 GB: {found[f'{what} 2.2 GB'] / found[f'{what} 0.5 GB']:.2f}")
 
 
@@ -187,18 +199,14 @@ def raw_writes(model: Path, delta: SparseDelta, words: Mapping[str, Array]) -> N
 
 
 def huge(folder: Path, rounds: int) -> None:
-    """Time against raw writes on 800 GB of holes."""
+    """Time against raw writes on 800 GB of holes; file systems take long to remove them."""
     times: Times = {}
     for number in range(rounds):
         model, other = write_huge(folder / "model"), write_huge(folder / "raw")
         delta = random_delta(Checkpoint(model), np.random.default_rng(number))
         sdelta.save(delta, folder / "d.sdelta")
         before = words_at(model, delta)
-        after = {
-            name: tensor.values.astype(ml_dtypes.bfloat16).view(np.uint16)
-            for name, tensor in delta.tensors.items()
-        }
-        timed(times, "raw writes", partial(raw_writes, other, delta, after))
+        timed(times, "raw writes", partial(raw_writes, other, delta, after(delta)))
         timed(times, "merge", partial(merge_in_place, model, folder / "d.sdelta"))
         check(model, delta, before, merged=True)
         timed(times, "raw writes back", partial(raw_writes, other, delta, before))
@@ -207,6 +215,7 @@ def huge(folder: Path, rounds: int) -> None:
         largest = max(info.numel for info in Checkpoint(model).tensors.values())
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         print(f"{size:,} bytes, {delta.nnz:,} entries, a tensor of {largest:,} elements")
+        tell({what: taken[-1:] for what, taken in times.items()})
         shutil.rmtree(model)
         shutil.rmtree(other)
     found = tell(times)
