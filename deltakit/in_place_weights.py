@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import ExitStack
 from itertools import pairwise
 from mmap import PAGESIZE
@@ -17,6 +16,7 @@ from deltakit.dtypes import Array
 from deltakit.errors import JournalError, MissingFileError, OutputError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.checkpoint_files import locate
+from deltakit.formats.locks import try_lock
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -121,16 +121,10 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    if sys.platform == "win32":
-        return  # its locks would keep readers out, too
-    import fcntl
-
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(file.fileno()):
         raise JournalError(
             f"another process is merging into {path} or taking a merge back; wait until it has done"
-        ) from None
+        )
 
 
 def _patch(file: BinaryIO, starts: Array, words: Array) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,7 @@ from pathlib import Path
 from deltakit.errors import MissingFileError, OutputError
 from deltakit.formats.atomic import describing, sync
 from deltakit.formats.atomic_folder import move_folder, sync_folder
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks; there, two writers of one folder are not told
-    fcntl = None  # type: ignore[assignment]
+from deltakit.formats.locks import try_lock
 
 
 @contextmanager
@@ -75,17 +72,13 @@ def _left(target: Path) -> list[Path]:
 @contextmanager
 def _locked(folder: Path, target: Path) -> Iterator[None]:
     """Hold the lock of a partial folder, which the system lets go of when a process dies."""
-    if fcntl is None:
+    if sys.platform == "win32":  # folders cannot be opened there
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"another process is writing {target}; wait for it, or stop it"
-            ) from None
+        if not try_lock(handle):
+            raise OutputError(f"another process is writing {target}; wait for it, or stop it")
         yield
     finally:
         os.close(handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -17,7 +18,7 @@ FLAVOURS = ("paper", "mergekit", "peft")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(ABC):
     """A way to make one delta of several; its fields are its options.
 
     scale: a factor of the whole result (lambda in the papers).
@@ -33,13 +34,13 @@ class Method:
         for name, hint in _hints(type(self)).items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), hint))
 
+    @abstractmethod
     def stack(self, tasks: Tasks) -> Mapping[str, Vector | TensorDelta]:
         """Tensor name -> the combined changes, on the union of the supports.
 
         A Vector is multiplied by `scale` and becomes an `add` tensor without the entries that are
         zero; a TensorDelta stays as it is.
         """
-        raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
         """All options with their values, as plain JSON."""
