@@ -35,8 +35,8 @@ from deltakit.formats import sdelta
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_header import Entry, render
 from deltakit.identity import identify
-from deltakit.in_place import merge_in_place
-from deltakit.in_place_revert import revert
+from deltakit.in_place.merge import merge_in_place
+from deltakit.in_place.revert import revert
 
 ENTRIES = 100_000
 HUGE_SHARDS = 40  # of 20 GB

@@ -34,9 +34,9 @@ from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.errors import MissingFileError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import identify
-from deltakit.in_place import merge_in_place
-from deltakit.in_place_revert import revert
-from deltakit.merging import merge
+from deltakit.in_place.merge import merge_in_place
+from deltakit.in_place.revert import revert
+from deltakit.merging.merge import merge
 
 SHAPE = (300, 1000)
 ENTRIES = 300

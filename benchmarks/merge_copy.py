@@ -29,14 +29,14 @@ from deltakit.formats.atomic import sync
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_header import Entry, render
 from deltakit.identity import identify
-from deltakit.merging import merge
+from deltakit.merging.merge import merge
 
 ENTRIES = 100_000
 SHAPE = (4096, 1024)  # 8.4 MB in bfloat16
 CHILD = """
 import re, sys
 from pathlib import Path
-from deltakit.merging import merge
+from deltakit.merging.merge import merge
 def peak():  # ru_maxrss would start from the peak of the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 before = peak()

@@ -11,8 +11,8 @@ from deltakit.cli.options import PATH, force_option, json_option, note, print_js
 from deltakit.formats.atomic import refuse_existing
 
 if TYPE_CHECKING:
-    from deltakit.comparing import Comparison, Pair
-    from deltakit.overlap import Overlap
+    from deltakit.comparing.compare import Comparison, Pair
+    from deltakit.comparing.overlap import Overlap
 
 _HEADS = ["shared", "by chance", "Jaccard", "of 1st", "of 2nd", "conflicts", "share", "cosine"]
 
@@ -46,11 +46,11 @@ def command(
         raise click.UsageError("a comparison takes at least two deltas")
     if plot is not None:
         refuse_existing(plot, force)
-    from deltakit.comparing import compare
+    from deltakit.comparing.compare import compare
 
     found = compare(deltas)
     if plot is not None:
-        from deltakit.comparison_plot import plot_comparison
+        from deltakit.comparing.plot import plot_comparison
 
         plot_comparison(found, plot)
     if as_json:

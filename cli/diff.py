@@ -81,7 +81,7 @@ def command(
       deltakit diff model/ tuned/ -o small.sdelta --budget 100k
     """
     refuse_existing(output, force)
-    from deltakit.diffing import diff
+    from deltakit.diffing.diff import diff
 
     with progress("Comparing") as advance:
         report = diff(

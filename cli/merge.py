@@ -25,7 +25,7 @@ from deltakit.cli.stack import method_options, stacking_options
 from deltakit.errors import ConfigError, MissingFileError
 
 if TYPE_CHECKING:
-    from deltakit.in_place import InPlaceReport
+    from deltakit.in_place.merge import InPlaceReport
 
 
 @click.command()
@@ -90,8 +90,8 @@ def command(
       deltakit merge model/ delta.sdelta --dry-run
       deltakit merge model/ delta.sdelta --in-place
     """
-    from deltakit.in_place import merge_in_place
-    from deltakit.merging import merge
+    from deltakit.in_place.merge import merge_in_place
+    from deltakit.merging.merge import merge
     from deltakit.stacking import stack
 
     if in_place:

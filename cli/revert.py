@@ -32,7 +32,7 @@ def command(model: Path, undo: Path | None, force: bool, as_json: bool) -> None:
       deltakit revert model/
       deltakit revert model.safetensors --undo saved/undo.sdelta
     """
-    from deltakit.in_place_revert import revert
+    from deltakit.in_place.revert import revert
 
     with progress("Reverting") as advance:
         report = revert(model, undo=undo, force=force, progress=advance)

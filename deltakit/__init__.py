@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from deltakit.algebra import subtract as subtract
     from deltakit.analyses import distances as distances
     from deltakit.analyses import unmasking_history as unmasking_history
-    from deltakit.comparing import compare as compare
+    from deltakit.comparing.compare import compare as compare
     from deltakit.delta import BaseIdentity as BaseIdentity
     from deltakit.delta import Fingerprint as Fingerprint
     from deltakit.delta import SparseDelta as SparseDelta
     from deltakit.delta import TensorDelta as TensorDelta
-    from deltakit.diffing import diff as diff
+    from deltakit.diffing.diff import diff as diff
     from deltakit.errors import DeltakitError as DeltakitError
     from deltakit.formats.sdelta import load as load
     from deltakit.formats.sdelta import save as save
-    from deltakit.in_place import merge_in_place as merge_in_place
-    from deltakit.in_place_revert import revert as revert
+    from deltakit.in_place.merge import merge_in_place as merge_in_place
+    from deltakit.in_place.revert import revert as revert
     from deltakit.inspection import inspect as inspect
     from deltakit.live import applied as applied
     from deltakit.live import apply as apply
-    from deltakit.merging import merge as merge
+    from deltakit.merging.merge import merge as merge
     from deltakit.rebasing import rebase as rebase
     from deltakit.selection import ID3 as ID3
     from deltakit.selection import BernoulliMask as BernoulliMask
@@ -81,18 +81,18 @@ _EXPORTS = {
     "add": "deltakit.algebra",
     "applied": "deltakit.live",
     "apply": "deltakit.live",
-    "compare": "deltakit.comparing",
-    "diff": "deltakit.diffing",
+    "compare": "deltakit.comparing.compare",
+    "diff": "deltakit.diffing.diff",
     "distances": "deltakit.analyses",
     "find_lr": "deltakit.training.lr_search",
     "inspect": "deltakit.inspection",
     "intersect": "deltakit.algebra",
     "load": "deltakit.formats.sdelta",
-    "merge": "deltakit.merging",
-    "merge_in_place": "deltakit.in_place",
+    "merge": "deltakit.merging.merge",
+    "merge_in_place": "deltakit.in_place.merge",
     "rebase": "deltakit.rebasing",
     "restrict": "deltakit.algebra",
-    "revert": "deltakit.in_place_revert",
+    "revert": "deltakit.in_place.revert",
     "save": "deltakit.formats.sdelta",
     "scale": "deltakit.algebra",
     "stack": "deltakit.stacking",

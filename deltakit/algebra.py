@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from deltakit.base_agreement import base_of, require_one_base
+from deltakit.comparing.base_agreement import base_of, require_one_base
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.differences import changes_of, proven_differences
 from deltakit.dtypes import Array
 from deltakit.errors import ConfigError, DeltaError
-from deltakit.merge_inputs import common_config, common_extras, read_inputs
+from deltakit.merging.inputs import common_config, common_extras, read_inputs
 from deltakit.supports import shared, union
 from deltakit.targets.patterns import matching
 

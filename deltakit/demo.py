@@ -71,7 +71,7 @@ def demo(
 
 def _task(name: str, out: Path, tell: Tell, max_steps: int | None) -> dict[str, Any]:
     from deltakit.formats.sdelta import load, save
-    from deltakit.merging import merge
+    from deltakit.merging.merge import merge
     from deltakit.truncation import truncate
 
     base, data, run = out / "base", out / "tasks" / name, out / name

@@ -17,12 +17,12 @@ from math import prod
 import numpy as np
 
 from deltakit.delta import BaseIdentity, Fingerprint, SparseDelta, TensorDelta, in_tensor_order
+from deltakit.diffing.grown_rows import appended_to
 from deltakit.dtypes import Array, dtype, dtype_of
 from deltakit.errors import BaseMismatchError, CoordinateError, nearest
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_file import TensorInfo
 from deltakit.formats.seeded import philox_words
-from deltakit.grown_rows import appended_to
 
 SAMPLES = 1024
 NO_BASE = "the delta records no base, so nothing shows that this is the right one"

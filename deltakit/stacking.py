@@ -9,17 +9,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deltakit.base_agreement import base_agreement, base_of
 from deltakit.combine.linear import plain
 from deltakit.combine.method import Method, make_method
 from deltakit.combine.tasks import Task, Tasks, Vector
 from deltakit.combine.weights import Weight, checked_weights, weight_of
+from deltakit.comparing.base_agreement import base_agreement, base_of
 from deltakit.delta import BaseIdentity, SparseDelta, TensorDelta, in_tensor_order
 from deltakit.errors import BaseMismatchError, DeltaError, DeltakitError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import check_base, identify
 from deltakit.lineage import brief, digest
-from deltakit.merge_inputs import (
+from deltakit.merging.inputs import (
     Given,
     Input,
     chosen_head,

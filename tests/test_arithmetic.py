@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from deltakit.arithmetic import Contribution, cast, merged_words, union_between
 from deltakit.delta import TensorDelta
 from deltakit.dtypes import DTYPES, Array
 from deltakit.errors import DeltaError
+from deltakit.merging.arithmetic import Contribution, cast, merged_words, union_between
 
 FLOATS = ["float64", "float32", "float16", "bfloat16"]
 

@@ -16,7 +16,7 @@ from merge_reference import only
 
 import deltakit as dk
 from deltakit.cli.main import main
-from deltakit.comparing import COLLISION
+from deltakit.comparing.compare import COLLISION
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint

@@ -11,12 +11,12 @@ from checkpoint_factory import random_array, read_safetensors, write_safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deltakit.diffing import diff
+from deltakit.diffing.diff import diff
 from deltakit.dtypes import DTYPES, Array
 from deltakit.errors import ConfigError, CoordinateError, DeltaError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import check_base
-from deltakit.merging import merge
+from deltakit.merging.merge import merge
 
 # Words that arithmetic would lose: zeros of both signs, infinities, NaNs with payloads.
 ODD = {8: [0x00, 0x80, 0x7F, 0xFF], 16: [0x0000, 0x8000, 0x7F81, 0xFFC1, 0x7C01]}

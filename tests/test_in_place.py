@@ -20,9 +20,9 @@ from deltakit.errors import BaseMismatchError, ConfigError, DeltaError, OutputEr
 from deltakit.formats import sdelta
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import identify
-from deltakit.in_place import merge_in_place
-from deltakit.in_place_revert import revert
-from deltakit.merging import merge
+from deltakit.in_place.merge import merge_in_place
+from deltakit.in_place.revert import revert
+from deltakit.merging.merge import merge
 
 FLOATS: dict[str, Any] = {
     "float64": np.float64,

@@ -21,11 +21,11 @@ from deltakit.delta import SparseDelta
 from deltakit.dtypes import Array
 from deltakit.errors import JournalError, OutputError
 from deltakit.formats import sdelta
-from deltakit.in_place import merge_in_place
-from deltakit.in_place_revert import revert
-from deltakit.in_place_weights import OpenWeights
-from deltakit.journal import Journal
-from deltakit.merging import merge
+from deltakit.in_place.journal import Journal
+from deltakit.in_place.merge import merge_in_place
+from deltakit.in_place.revert import revert
+from deltakit.in_place.weights import OpenWeights
+from deltakit.merging.merge import merge
 
 KILLS = Path(__file__).parents[1] / "benchmarks" / "in_place_kills.py"
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses fork and limits")

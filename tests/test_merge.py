@@ -17,7 +17,7 @@ from deltakit.delta import TensorDelta
 from deltakit.errors import BaseMismatchError, ConfigError, CoordinateError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import identify
-from deltakit.merging import merge
+from deltakit.merging.merge import merge
 
 KINDS: dict[str, Any] = {
     "float64": np.float64,

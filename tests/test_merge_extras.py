@@ -14,7 +14,7 @@ from deltakit.dtypes import dtype_of
 from deltakit.errors import ConfigError, DeltaError
 from deltakit.formats import sdelta
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.merging import merge
+from deltakit.merging.merge import merge
 
 
 def test_extras_are_appended_and_replaced_whole(tmp_path: Path) -> None:

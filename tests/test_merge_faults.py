@@ -24,12 +24,12 @@ from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.formats import sdelta
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import identify
-from deltakit.merging import merge
+from deltakit.merging.merge import merge
 
 LOOP = """
 import itertools, sys
 from deltakit.formats import sdelta
-from deltakit.merging import merge
+from deltakit.merging.merge import merge
 base, out, *files = sys.argv[1:]
 deltas = [sdelta.load(file) for file in files]
 for number in itertools.count():
@@ -39,7 +39,7 @@ for number in itertools.count():
 ONCE = """
 import sys
 from deltakit.errors import OutputError
-from deltakit.merging import merge
+from deltakit.merging.merge import merge
 try:
     merge(*sys.argv[1:])
 except OutputError as error:
@@ -48,7 +48,7 @@ except OutputError as error:
 MEMORY = """
 import re, sys
 from pathlib import Path
-from deltakit.merging import merge
+from deltakit.merging.merge import merge
 def peak():  # ru_maxrss would start from the peak of the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 before = peak()

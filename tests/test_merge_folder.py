@@ -15,7 +15,7 @@ from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.dtypes import Array, dtype_of
 from deltakit.errors import DeltaError, OutputError, OutputExistsError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.merging import merge
+from deltakit.merging.merge import merge
 
 CONFIG = {"architectures": ["BertModel"], "torch_dtype": "float32", "sub": {"dtype": "float32"}}
 

@@ -12,7 +12,7 @@ from merge_reference import adding, only
 
 from deltakit.errors import ConfigError, MissingFileError, OutputError, OutputExistsError
 from deltakit.formats import sdelta
-from deltakit.merging import merge
+from deltakit.merging.merge import merge
 
 
 def test_dry_run_says_what_would_happen_and_writes_nothing(tmp_path: Path) -> None:

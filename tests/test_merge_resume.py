@@ -15,13 +15,13 @@ from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.errors import FormatError, OutputError
 from deltakit.formats import sdelta
 from deltakit.formats.partial_folder import resuming_folder
-from deltakit.merging import merge
+from deltakit.merging.merge import merge
 
 SHAPE = (300, 1000)
 NAMES = "abcd"
 KILLED = """
 import os, signal, sys
-from deltakit.merging import merge
+from deltakit.merging.merge import merge
 base, delta, out = sys.argv[1:]
 def kill(done, total):
     if done > 0.6 * total:

@@ -22,7 +22,7 @@ from tiny_models import write_gpt2, write_llama
 
 from deltakit.cli.main import main
 from deltakit.delta import BaseIdentity, SparseDelta, TensorDelta
-from deltakit.diffing import diff
+from deltakit.diffing.diff import diff
 from deltakit.dtypes import Array
 from deltakit.errors import (
     BaseMismatchError,
@@ -32,8 +32,8 @@ from deltakit.errors import (
     FormatError,
 )
 from deltakit.formats.sdelta import save
-from deltakit.in_place import merge_in_place
-from deltakit.merging import merge
+from deltakit.in_place.merge import merge_in_place
+from deltakit.merging.merge import merge
 
 Tensors = dict[str, torch.Tensor]
 SCHEMES = ("nf4", "nf4-double", "fp4", "int8")

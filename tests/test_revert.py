@@ -26,9 +26,9 @@ from deltakit.errors import (
 )
 from deltakit.formats import sdelta
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.in_place import merge_in_place
-from deltakit.in_place_revert import revert
-from deltakit.merging import merge
+from deltakit.in_place.merge import merge_in_place
+from deltakit.in_place.revert import revert
+from deltakit.merging.merge import merge
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import load, save
 from deltakit.identity import identify
 from deltakit.lineage import digest
-from deltakit.merging import merge
+from deltakit.merging.merge import merge
 from deltakit.stacking import stack
 
 KINDS: dict[str, Any] = {

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import deltakit as dk
 from deltakit.cli.main import main
 from deltakit.formats.sdelta import load
-from deltakit.merging import merge
+from deltakit.merging.merge import merge
 
 ROWS = 120
 

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from deltakit.arithmetic import Contribution, merged_words
 from deltakit.combine.method import METHODS, Flavours, Method
 from deltakit.combine.tasks import Tasks
 from deltakit.delta import TensorDelta
 from deltakit.dtypes import Array
 from deltakit.errors import BaseMismatchError, DeltaError
 from deltakit.formats.checkpoint import Checkpoint
+from deltakit.merging.arithmetic import Contribution, merged_words
 
 
 @METHODS.register("linear", "weighted sum, bit for bit what merging all at once does")

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deltakit.arithmetic import Contribution
 from deltakit.delta import TensorDelta, in_tensor_order
 from deltakit.differences import changes_of
 from deltakit.dtypes import Array
 from deltakit.errors import DeltaError
 from deltakit.formats.checkpoint import Checkpoint
+from deltakit.merging.arithmetic import Contribution
 
 
 class Vector(NamedTuple):

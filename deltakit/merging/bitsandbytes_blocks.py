@@ -21,7 +21,7 @@ from bitsandbytes import functional
 from deltakit.dtypes import DTYPES, Array, DType
 from deltakit.errors import DeltaError, FormatError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.quantized import Quantized
+from deltakit.merging.quantized import Quantized
 
 
 @dataclass(frozen=True, slots=True)

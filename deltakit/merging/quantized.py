@@ -16,7 +16,7 @@ from deltakit.dtypes import dtype_of
 from deltakit.errors import BaseMismatchError, ConfigError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_file import TensorInfo
-from deltakit.merge_inputs import Input
+from deltakit.merging.inputs import Input
 
 _STATE = ".quant_state.bitsandbytes__"
 _STATISTICS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")

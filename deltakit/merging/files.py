@@ -10,14 +10,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from deltakit.arithmetic import Contribution, cast, merged_words, union_between
+from deltakit.diffing.grown_rows import appended_to
 from deltakit.dtypes import DTYPES, Array, DType, dtype_of
 from deltakit.errors import FormatError
 from deltakit.formats import rewrite
 from deltakit.formats.rewrite import Copied, Part, Piece
 from deltakit.formats.safetensors_file import SafetensorsFile, TensorInfo
-from deltakit.grown_rows import appended_to
-from deltakit.merge_plan import WINDOW, Plan, extra_kind
+from deltakit.merging.arithmetic import Contribution, cast, merged_words, union_between
+from deltakit.merging.plan import WINDOW, Plan, extra_kind
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltakit.arithmetic import Contribution, union_between
+from deltakit.diffing.grown_rows import appended_to
 from deltakit.dtypes import DTYPES, Array, DType, dtype_of
 from deltakit.errors import ConfigError, DeltaError, DeltakitError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_file import GATHER_MAPPED, TensorInfo
-from deltakit.grown_rows import appended_to
 from deltakit.identity import check_base
-from deltakit.merge_inputs import Input, chosen_head, common_config, common_extras, contributions
-from deltakit.quantized import Quantized, plain_part, quantized_in, refuse_conversion
+from deltakit.merging.arithmetic import Contribution, union_between
+from deltakit.merging.inputs import Input, chosen_head, common_config, common_extras, contributions
+from deltakit.merging.quantized import Quantized, plain_part, quantized_in, refuse_conversion
 
 if TYPE_CHECKING:
-    from deltakit.requantize import Requantizer
+    from deltakit.merging.requantize import Requantizer
 
 WINDOW = 2**18  # elements that are read, changed and written at a time
 
@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def appended(self) -> dict[str, Array]:
-        """Tensor of the base -> the rows to be appended to it (see `deltakit.grown_rows`)."""
+        """Tensor of the base -> the rows to be appended to it (see `deltakit.diffing.grown_rows`)."""
         grown = {name: appended_to(name) for name in self.extras}
         return {to[0]: self.extras[name] for name, to in grown.items() if to is not None}
 
@@ -95,7 +95,7 @@ def plan_merge(
     settled: int = 0,
     requantize: bool = False,
 ) -> Plan:
-    """Check every delta against the base and against each other; see `deltakit.merging.merge`.
+    """Check every delta against the base and against each other; see `deltakit.merge`.
 
     The base of the first `settled` inputs has been checked by an earlier merge.
     """
@@ -141,7 +141,7 @@ def _requantizer(
     notes: list[str],
 ) -> Requantizer:
     try:
-        from deltakit.requantize import Requantizer
+        from deltakit.merging.requantize import Requantizer
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"--requantize (requantize=True) needs {error.name}, which is not installed; "

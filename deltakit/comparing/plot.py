@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from deltakit.comparing import Comparison
+from deltakit.comparing.compare import Comparison
 from deltakit.dtypes import Array
 from deltakit.figures import drawn
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from deltakit.errors import JournalError, MissingFileError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.in_place_recovery import Progress, settle, write_back
-from deltakit.in_place_weights import OpenWeights
-from deltakit.journal import Journal
-from deltakit.journal_record import Record, check_bits
+from deltakit.in_place.journal import Journal
+from deltakit.in_place.journal_record import Record, check_bits
+from deltakit.in_place.recovery import Progress, settle, write_back
+from deltakit.in_place.weights import OpenWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

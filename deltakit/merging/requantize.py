@@ -13,13 +13,13 @@ from threading import Lock
 
 import numpy as np
 
-from deltakit.arithmetic import Contribution, cast, merged_words, union_between
-from deltakit.bitsandbytes_blocks import Blocks, Codes, blocks_of
 from deltakit.delta import TensorDelta
 from deltakit.dtypes import Array
 from deltakit.errors import BaseMismatchError, CoordinateError, DeltaError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.quantized import Quantized, Survival
+from deltakit.merging.arithmetic import Contribution, cast, merged_words, union_between
+from deltakit.merging.bitsandbytes_blocks import Blocks, Codes, blocks_of
+from deltakit.merging.quantized import Quantized, Survival
 
 _CHUNK = 2**18  # weights that are dequantised at a time
 # Models whose layers are transformers' Conv1D: their weights are quantised transposed.

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deltakit.arithmetic import Contribution
 from deltakit.delta import SparseDelta
 from deltakit.dtypes import Array
 from deltakit.errors import ConfigError, DeltaError
 from deltakit.formats.sdelta import load
+from deltakit.merging.arithmetic import Contribution
 
 Given = SparseDelta | str | os.PathLike[str]
 T = TypeVar("T")

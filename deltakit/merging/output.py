@@ -13,15 +13,15 @@ from pathlib import Path
 from threading import Event, Lock
 
 from deltakit.budget import format_bytes
-from deltakit.carry import Carried, copy_carried
 from deltakit.errors import OutputError
 from deltakit.formats import rewrite
 from deltakit.formats.atomic import replacing
 from deltakit.formats.partial_folder import finishing, is_whole, resuming_folder
 from deltakit.lineage import digest
-from deltakit.merge_files import WeightFile
-from deltakit.merge_plan import Plan
-from deltakit.naming import Output
+from deltakit.merging.carry import Carried, copy_carried
+from deltakit.merging.files import WeightFile
+from deltakit.merging.naming import Output
+from deltakit.merging.plan import Plan
 
 Progress = Callable[[int, int], None]
 WORKERS = 4  # by default at most; more do not make a disk faster

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from deltakit.delta import TensorDelta
+from deltakit.diffing.grown_rows import appended_to, has_grown, rows_name
 from deltakit.dtypes import DTYPES, Array
 from deltakit.errors import CoordinateError, DeltaError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_file import TensorInfo
-from deltakit.grown_rows import appended_to, has_grown, rows_name
 
 CHUNK = 2**20  # elements of either side that are compared at a time
 # What differs in config.json for reasons other than the weights.

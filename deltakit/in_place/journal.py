@@ -33,9 +33,9 @@ from deltakit.errors import JournalError, MissingFileError
 from deltakit.formats import sdelta
 from deltakit.formats.atomic import describing, sync, write_bytes
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.journal_record import Merged, Record, described
-from deltakit.merge_inputs import Input
-from deltakit.merge_plan import Plan
+from deltakit.in_place.journal_record import Merged, Record, described
+from deltakit.merging.inputs import Input
+from deltakit.merging.plan import Plan
 
 _SUFFIX = ".undo"
 _OURS = re.compile(r"[0-9a-f]{32}\.sdelta|\..+\.tmp")  # what may be pruned

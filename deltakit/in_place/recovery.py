@@ -15,9 +15,9 @@ from deltakit.delta import TensorDelta
 from deltakit.dtypes import Array
 from deltakit.errors import JournalError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.in_place_weights import OpenWeights
-from deltakit.journal import Journal
-from deltakit.journal_record import Record, bits_before, changed, merged_bits
+from deltakit.in_place.journal import Journal
+from deltakit.in_place.journal_record import Record, bits_before, changed, merged_bits
+from deltakit.in_place.weights import OpenWeights
 
 Progress = Callable[[int, int], None]
 

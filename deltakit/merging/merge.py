@@ -2,7 +2,7 @@
 
 Every entry becomes round(float32(base) + v) to the base's dtype, nearest even; all other bytes of
 the body are those of the base. The rule for several deltas, weights and `set` entries stands in
-`deltakit.arithmetic`, the default output name in `deltakit.naming`.
+`deltakit.merging.arithmetic`, the default output name in `deltakit.merging.naming`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deltakit.carry import carried_files, merged_config
 from deltakit.combine.weights import Weight
 from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import is_sdelta
-from deltakit.in_place_recovery import settle_base
-from deltakit.merge_files import Overflows, index_bytes, weight_files
-from deltakit.merge_inputs import Given, read_inputs
-from deltakit.merge_output import Progress, Writing, write_output
-from deltakit.merge_plan import Plan, plan_merge
-from deltakit.naming import Output, check_output, output_for
-from deltakit.quantized import Survival, quantized_in
+from deltakit.in_place.recovery import settle_base
+from deltakit.merging.carry import carried_files, merged_config
+from deltakit.merging.files import Overflows, index_bytes, weight_files
+from deltakit.merging.inputs import Given, read_inputs
+from deltakit.merging.naming import Output, check_output, output_for
+from deltakit.merging.output import Progress, Writing, write_output
+from deltakit.merging.plan import Plan, plan_merge
+from deltakit.merging.quantized import Survival, quantized_in
 from deltakit.stacking import stacked
 
 
@@ -82,7 +82,7 @@ def merge(
     """Merge one or several deltas into a base and write a new checkpoint.
 
     base: a .safetensors file or a folder. deltas: SparseDelta objects or paths of .sdelta files,
-    in order. out: a file or folder (see `deltakit.naming`); a folder takes over the base's shards
+    in order. out: a file or folder (see `deltakit.merging.naming`); a folder takes over the base's shards
     one to one, its tokenizer and its configuration with the deltas' changes.
     weights: one factor per delta, 1 by default (with a method also by patterns of tensor names).
     method, options: stack the deltas by a method first; see `deltakit.stacking.stack`, which gives
@@ -96,7 +96,7 @@ def merge(
     files that are whole are kept.
 
     requantize: merge onto tensors that bitsandbytes has quantised to 4 or 8 bits by quantising
-    their blocks again, which is refused otherwise (see `deltakit.quantized`); needs torch and
+    their blocks again, which is refused otherwise (see `deltakit.merging.quantized`); needs torch and
     bitsandbytes. What survives is in the report, also with dry_run.
 
     Every delta is checked before anything is written, and nothing partial is left behind. Raises

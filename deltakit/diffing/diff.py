@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from deltakit.budget import parse_budget
-from deltakit.checkpoint_entries import Sides, match
 from deltakit.delta import BaseIdentity, Fingerprint, Mode, SparseDelta, TensorDelta
-from deltakit.diff_report import DiffReport, report_of
 from deltakit.differences import proven_differences
+from deltakit.diffing.checkpoint_entries import Sides, match
+from deltakit.diffing.report import DiffReport, report_of
 from deltakit.dtypes import Array
 from deltakit.errors import BudgetError, ConfigError, OutputError
 from deltakit.formats.checkpoint import Checkpoint
@@ -86,7 +86,7 @@ def diff(
     there is replaced. progress: called with (elements done, elements in all).
 
     Tensors that only `tuned` has become extras, rows that were appended to a tensor become extras
-    called `name[rows:]` (see `deltakit.grown_rows`), and the changes of config.json come with them.
+    called `name[rows:]` (see `deltakit.diffing.grown_rows`), and the changes of config.json come with them.
     Memory is O(entries + chunk); with `out` it is O(entries of one tensor + budget + chunk).
     Raises CoordinateError for tensors that `tuned` lacks or has in another shape, DeltaError for
     another dtype, BudgetError for a budget or density that cannot be.

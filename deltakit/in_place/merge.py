@@ -1,8 +1,8 @@
 """Merging deltas into a checkpoint where it stands, in time that does not follow its size.
 
-The weights become, bit for bit, those that `deltakit.merging.merge` writes to a new file. Before
+The weights become, bit for bit, those that `deltakit.merge` writes to a new file. Before
 the first of them changes, a journal beside the model holds its original bits (see
-`deltakit.journal`); `revert` brings them back. A further merge starts from these original bits
+`deltakit.in_place.journal`); `revert` brings them back. A further merge starts from these original bits
 with all deltas merged so far, so merging one after the other equals merging all at once.
 """
 
@@ -15,20 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from deltakit.arithmetic import merged_words, union_between
-from deltakit.carry import merged_config
 from deltakit.delta import TensorDelta, in_tensor_order
 from deltakit.dtypes import Array, dtype_of
 from deltakit.errors import ConfigError, DeltakitError, OutputError
 from deltakit.formats.safetensors_file import TensorInfo
-from deltakit.in_place_recovery import Progress, refuse_pending, roll_back, settle
-from deltakit.in_place_weights import OpenWeights
-from deltakit.journal import Journal, kept
-from deltakit.journal_record import Original, Record, bits_before, check_bits, merged_bits
-from deltakit.merge_files import Overflows, count_overflows
-from deltakit.merge_inputs import Given, chosen_head, read_inputs
-from deltakit.merge_plan import Plan, plan_merge
-from deltakit.merging import refuse_delta
+from deltakit.in_place.journal import Journal, kept
+from deltakit.in_place.journal_record import Original, Record, bits_before, check_bits, merged_bits
+from deltakit.in_place.recovery import Progress, refuse_pending, roll_back, settle
+from deltakit.in_place.weights import OpenWeights
+from deltakit.merging.arithmetic import merged_words, union_between
+from deltakit.merging.carry import merged_config
+from deltakit.merging.files import Overflows, count_overflows
+from deltakit.merging.inputs import Given, chosen_head, read_inputs
+from deltakit.merging.merge import refuse_delta
+from deltakit.merging.plan import Plan, plan_merge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ def merge_in_place(
     """Merge one or several deltas into the files of a checkpoint, writing their entries alone.
 
     model: a .safetensors file or a folder. deltas, weights, allow_base_mismatch, head: as for
-    `deltakit.merging.merge`; deltas belong to the original base, also after earlier merges in
+    `deltakit.merge`; deltas belong to the original base, also after earlier merges in
     place. force: write through symbolic and hard links. progress: called with (entries done,
     entries in all).
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from deltakit.base_agreement import Agreement, base_agreement
+from deltakit.comparing.base_agreement import Agreement, base_agreement
+from deltakit.comparing.overlap import Entries, Overlap, overlap_of
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.differences import changes_of
 from deltakit.dtypes import Array
 from deltakit.errors import ConfigError
 from deltakit.formats.sdelta import SdeltaFile
 from deltakit.groups import block_of, kind_of, natural_order
-from deltakit.overlap import Entries, Overlap, overlap_of
 
 Given = SparseDelta | str | os.PathLike[str]
 COLLISION = 0.1  # share of the smaller delta's entries moved the opposite way that is worth a word

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deltakit.checkpoint_entries import Sides
 from deltakit.delta import Mode, in_tensor_order
+from deltakit.diffing.checkpoint_entries import Sides
 from deltakit.formats.sdelta_stream import SdeltaStream
 
 

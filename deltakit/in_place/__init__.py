@@ -1,0 +1,1 @@
+"""Merging into the weight files themselves, with a journal that can take every byte back."""

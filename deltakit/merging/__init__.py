@@ -1,0 +1,1 @@
+"""Merging deltas into checkpoints: planned from the headers, written in one pass over the files."""
