@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from deltakit.in_place.merge import merge_in_place as merge_in_place
     from deltakit.in_place.revert import revert as revert
     from deltakit.inspection import inspect as inspect
-    from deltakit.live import applied as applied
-    from deltakit.live import apply as apply
+    from deltakit.live.apply import applied as applied
+    from deltakit.live.apply import apply as apply
     from deltakit.merging.merge import merge as merge
     from deltakit.rebasing import rebase as rebase
     from deltakit.selection import ID3 as ID3
@@ -79,8 +79,8 @@ _EXPORTS = {
     "TensorDelta": "deltakit.delta",
     "UserMask": "deltakit.selection",
     "add": "deltakit.algebra",
-    "applied": "deltakit.live",
-    "apply": "deltakit.live",
+    "applied": "deltakit.live.apply",
+    "apply": "deltakit.live.apply",
     "compare": "deltakit.comparing.compare",
     "diff": "deltakit.diffing.diff",
     "distances": "deltakit.analyses",

@@ -14,7 +14,7 @@ from deltakit.errors import ConfigError, DataError
 from deltakit.formats.atomic import write_bytes
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import load
-from deltakit.live import apply
+from deltakit.live.apply import apply
 from deltakit.training.collate import Collator
 from deltakit.training.config import TrainConfig, describe
 from deltakit.training.data import Table, choose_split, read_splits
