@@ -32,11 +32,11 @@ from transformers import (
 
 import deltakit as dk
 from deltakit.errors import ConfigError
+from deltakit.live.coordinates import checkpoint_names
 from deltakit.selection.allocation import allocate
 from deltakit.targets.patterns import matching
 from deltakit.targets.presets import TARGET_PRESETS, preset_tensors
 from deltakit.targets.roles import roles
-from deltakit.training.coordinates import checkpoint_names
 from deltakit.training.targets import choose_targets
 
 SMALL: dict[str, Any] = {

@@ -29,8 +29,8 @@ from transformers import AutoModelForImageClassification, TrainingArguments, ViT
 import deltakit as dk
 from deltakit.cli.main import main
 from deltakit.formats.checkpoint import Checkpoint
+from deltakit.live.coordinates import checkpoint_names, live_tensors
 from deltakit.training.collate import Examples
-from deltakit.training.coordinates import checkpoint_names, live_tensors
 
 Write = Callable[[Path], Path]
 

@@ -15,8 +15,8 @@ from deltakit.dtypes import Array, add_exact, dtype
 from deltakit.errors import BaseMismatchError, ConfigError, CoordinateError, nearest
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import fingerprint, sample_positions
-from deltakit.training.arrays import dtype_name, to_numpy, to_torch
-from deltakit.training.coordinates import checkpoint_names, find_checkpoint, live_tensors
+from deltakit.live.arrays import dtype_name, to_numpy, to_torch
+from deltakit.live.coordinates import checkpoint_names, find_checkpoint, live_tensors
 
 
 @dataclass

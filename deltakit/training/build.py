@@ -17,12 +17,12 @@ from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import load
+from deltakit.live.coordinates import checkpoint_names
 from deltakit.selection.methods import Method
 from deltakit.selection.recipe import make_method
 from deltakit.targets.patterns import matching
 from deltakit.training.collate import Collator, Examples
 from deltakit.training.config import METHOD_SETTINGS, TrainConfig
-from deltakit.training.coordinates import checkpoint_names
 from deltakit.training.folder import RunFolder
 from deltakit.training.metrics import greater_is_better
 from deltakit.training.prepare import Prepared

@@ -8,7 +8,7 @@ import torch
 from deltakit.delta import TensorDelta
 from deltakit.dtypes import Array, dtype
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.training.arrays import dtype_name, to_numpy
+from deltakit.live.arrays import dtype_name, to_numpy
 from deltakit.training.entries import Entries, Target
 
 

@@ -13,7 +13,7 @@ from deltakit.dtypes import Array
 from deltakit.errors import BaseMismatchError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import fingerprint, sample_positions
-from deltakit.training.arrays import to_numpy
+from deltakit.live.arrays import to_numpy
 from deltakit.training.entries import Target
 
 

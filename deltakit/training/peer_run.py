@@ -19,9 +19,9 @@ from transformers import PrinterCallback, Trainer
 
 from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
+from deltakit.live.coordinates import checkpoint_names
 from deltakit.training.build import arguments, exclusions, feeding
 from deltakit.training.config import TrainConfig
-from deltakit.training.coordinates import checkpoint_names
 from deltakit.training.folder import RunFolder
 from deltakit.training.memory import PeakMemory
 from deltakit.training.peers import LINEAR, PEERS, Result, Subject

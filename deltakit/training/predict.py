@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from deltakit.dtypes import Array
-from deltakit.training.arrays import to_numpy
+from deltakit.live.arrays import to_numpy
 from deltakit.training.collate import Collator
 from deltakit.training.task import IGNORED, Example, Problem
 

@@ -10,8 +10,8 @@ import torch
 
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.errors import ConfigError, CoordinateError, nearest
+from deltakit.live.arrays import to_torch
 from deltakit.selection.methods import Chosen, Scene
-from deltakit.training.arrays import to_torch
 from deltakit.training.entries import Entries, Target
 from deltakit.training.extra import Extra
 

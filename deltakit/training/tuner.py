@@ -12,18 +12,18 @@ import torch
 from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError, TrainingError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.selection.fixed import Unresolved, resolved
-from deltakit.selection.methods import Method
-from deltakit.selection.scene import Calibration, Scene
-from deltakit.training.any_optimizer import Factory
-from deltakit.training.arrays import to_numpy
-from deltakit.training.collect import collect
-from deltakit.training.coordinates import (
+from deltakit.live.arrays import to_numpy
+from deltakit.live.coordinates import (
     checkpoint_names,
     config_changes,
     find_checkpoint,
     saved_buffers,
 )
+from deltakit.selection.fixed import Unresolved, resolved
+from deltakit.selection.methods import Method
+from deltakit.selection.scene import Calibration, Scene
+from deltakit.training.any_optimizer import Factory
+from deltakit.training.collect import collect
 from deltakit.training.engine import Engine
 from deltakit.training.entries import Entries
 from deltakit.training.extra import make_extra
