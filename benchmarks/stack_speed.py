@@ -1,5 +1,7 @@
 """TIES of 8 deltas of 10 million entries each at density 0.2, in memory: seconds and peak memory.
 
+Before that, truncating one of them to a tenth.
+
     python benchmarks/stack_speed.py [--method ties] [--entries 10m] [--deltas 8] [--density 0.2]
 
 The supports are random, 1 % of a model of 200 tensors; peak memory is told beside that of the deltas
@@ -19,6 +21,7 @@ from deltakit.budget import format_bytes, parse_budget
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.formats.seeded import seeded_support
 from deltakit.stacking import stack
+from deltakit.truncation import truncate
 
 TENSORS = 200
 DENSITY = 0.01  # entries over all weights
@@ -57,6 +60,11 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.2)
     given = parser.parse_args()
     deltas = [random_delta(parse_budget(given.entries), seed) for seed in range(given.deltas)]
+    start = time.perf_counter()
+    kept = truncate(deltas[0], deltas[0].nnz // 10)
+    took = time.perf_counter() - start
+    print(f"truncating {deltas[0].nnz:,} entries to {kept.nnz:,}: {took:.2f} s")
+    del kept
     held = memory("VmRSS")
     options = {} if given.method == "linear" else {"density": given.density}
     wall, cpu = time.perf_counter(), time.process_time()
