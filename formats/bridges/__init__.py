@@ -1,0 +1,32 @@
+"""Bridges to the formats of others: one file each, recognised by content, read safely."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from deltakit.errors import FormatError, MissingFileError
+from deltakit.formats.bridges import sdelta as sdelta
+from deltakit.formats.bridges.bridge import BRIDGES as BRIDGES
+from deltakit.formats.bridges.bridge import Bridge as Bridge
+from deltakit.formats.bridges.bridge import Options as Options
+from deltakit.formats.bridges.bridge import Reading as Reading
+
+
+def recognise(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """The format of what stands at `path`, by content, and one line about it.
+
+    Raises MissingFileError where nothing is there and FormatError where no format fits or several
+    do.
+    """
+    where = Path(path)
+    if not where.exists():
+        raise MissingFileError(f"{where} does not exist")
+    told = {record.name: record.target().recognise(where) for record in BRIDGES}
+    found = [(name, what) for name, what in told.items() if what is not None]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        both = " and ".join(f"{name} ({what})" for name, what in found)
+        raise FormatError(f"{where} could be {both}; say which (--from)")
+    raise FormatError(f"{where} is of no known format; known: {', '.join(BRIDGES.names())}")

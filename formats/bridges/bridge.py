@@ -1,0 +1,80 @@
+"""What a bridge to another format is, what it reads, and the registry of all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from deltakit.delta import Mode, SparseDelta
+from deltakit.errors import ConfigError
+from deltakit.formats.checkpoint import Checkpoint
+from deltakit.registry import Registry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a conversion may be told beside the base; a bridge takes what concerns it.
+
+    budget: entries to keep of a dense change, a count or a share of the base ("100k", "0.1%").
+    density: the same as a share of the changed tensors' weights, from 0 to 1.
+    """
+
+    budget: int | str | None = None
+    density: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a bridge made of a foreign file.
+
+    delta: in checkpoint coordinates; `deltakit.conversion` adds the base's identity and the
+    provenance. notes: what was lost or assumed, one line each.
+    """
+
+    delta: SparseDelta
+    notes: tuple[str, ...] = ()
+
+
+class Bridge:
+    """One foreign format. A bridge that only reads leaves `write` as it is, and the other way.
+
+    writes: the mode in which `write` takes every tensor, None for any; the delta is brought into
+    it beforehand, which needs the base. sparsifies: whether `read` takes a budget or a density.
+    """
+
+    name: ClassVar[str] = ""  # as registered
+    writes: ClassVar[Mode | None] = None
+    sparsifies: ClassVar[bool] = False
+
+    def recognise(self, path: Path) -> str | None:
+        """What stands at `path` ("PEFT SHiRA adapter, 12 tensors") where it is of this format,
+        judged by its content; None for anything else. Cheap, without torch, and never raises."""
+        return None
+
+    def read(self, path: Path, *, base: Checkpoint | None, options: Options) -> Reading:
+        """The delta at `path`.
+
+        Raises FormatError for a file that is not what it should be, ConfigError where the base is
+        needed and not given, CoordinateError where the base lacks a tensor.
+        """
+        raise ConfigError(f"format {self.name} can only be written")
+
+    def write(
+        self, delta: SparseDelta, path: Path, *, base: Checkpoint | None, options: Options
+    ) -> tuple[str, ...]:
+        """Write `delta` to `path`, atomically, and tell what was lost or assumed, a line each.
+
+        Raises ConfigError where the format cannot hold the delta.
+        """
+        raise ConfigError(f"format {self.name} can only be read")
+
+
+BRIDGES: Registry[type[Bridge]] = Registry("format")
+
+
+def needed(base: Checkpoint | None, why: str) -> Checkpoint:
+    """The base; ConfigError where none was given, `why` telling what it is needed for."""
+    if base is None:
+        raise ConfigError(f"{why}; give the base (--base)")
+    return base
