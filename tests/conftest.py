@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -19,6 +21,9 @@ from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import save
 from deltakit.identity import identify
+
+if TYPE_CHECKING:
+    from hub_server import HubServer
 
 # Machines under load must not make a test fail, and CI must try the same examples every time.
 settings.register_profile("deltakit", deadline=None, derandomize=True)
@@ -72,3 +77,44 @@ def delta_file(tmp_path: Path, checkpoint: Checkpoint) -> Path:
     path = tmp_path / "delta.sdelta"
     save(delta, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny encoder with its tokenizer; nobody writes to it."""
+    from tiny_models import write_bert  # imports torch, which most tests do without
+
+    return write_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 120 sentences labelled by the colour in them."""
+    from tiny_models import colour_rows, write_jsonl
+
+    return write_jsonl(tmp_path_factory.mktemp("data") / "colours.jsonl", colour_rows(120))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub of this test's own with an empty cache, a user "org" and no one logged in.
+
+    What the client reads from the environment when it is imported is set where it keeps it.
+    """
+    import huggingface_hub
+    from hub_server import HubServer
+    from huggingface_hub import constants
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        server.tokens["hf_org"] = "org"
+        yield server
+        huggingface_hub.close_session()  # its kept connections outlive the server

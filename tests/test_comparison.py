@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from tiny_models import colour_rows, write_bert, write_gpt2, write_jsonl
+from tiny_models import colour_rows, write_gpt2, write_jsonl
 from transformers import TrainerCallback
 
 import deltakit as dk
@@ -34,12 +34,6 @@ from deltakit.training.run import train
 from deltakit.training.sweeps import sweep_d3, sweep_table
 
 RANK_ONE = 2 * (4 * (16 + 16) + 2 * (16 + 32)) + 16 + 16  # LoRA weights on two layers, pooler
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny encoder with its tokenizer."""
-    return write_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")

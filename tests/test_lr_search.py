@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from tiny_models import colour_rows, write_bert, write_jsonl
 from torch import nn
 
 import deltakit as dk
@@ -231,18 +230,6 @@ def test_methods_shrink_with_the_trial() -> None:
     listed = dk.ID3(budget=2, steps=2, schedule=[1, 1])
     assert compressed(listed, 0.1) is listed
     assert compressed(dk.Repeat(budget=9, every=20), 0.1) == dk.Repeat(budget=9, every=2)
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny encoder with its tokenizer."""
-    return write_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences labelled by the colour in them."""
-    return write_jsonl(tmp_path_factory.mktemp("data") / "colours.jsonl", colour_rows(120))
 
 
 def _flags(bert: Path, data: Path, run: Path, *more: str) -> list[str]:
