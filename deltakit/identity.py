@@ -23,6 +23,7 @@ from deltakit.errors import BaseMismatchError, CoordinateError, nearest
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_file import TensorInfo
 from deltakit.formats.seeded import philox_words
+from deltakit.in_place.journal_record import merged_before
 
 SAMPLES = 1024
 NO_BASE = "the delta records no base, so nothing shows that this is the right one"
@@ -190,10 +191,20 @@ def _check_values(
             return "the base has other values than the delta's; used all the same, as asked"
         raise BaseMismatchError(
             f"{checkpoint.path} is not the base of the delta: tensor {tensor.name!r} has other "
-            f"values ({what} digest {found}, expected {expected}); "
-            "--allow-base-mismatch uses it all the same"
+            f"values ({what} digest {found}, expected {expected}); {_hint(checkpoint)}"
         )
     return ""
+
+
+def _hint(checkpoint: Checkpoint) -> str:
+    merged = merged_before(checkpoint)
+    if not merged:
+        return "--allow-base-mismatch uses it all the same"
+    return (
+        f"it carries {len(merged)} delta{'' if len(merged) == 1 else 's'} merged in place (journal "
+        f"{checkpoint.journal}): deltakit revert {checkpoint.path} first, or merge --in-place, "
+        "which starts from the base's own values"
+    )
 
 
 def _values(checkpoint: Checkpoint, info: TensorInfo, indices: Array, cast: str) -> Array:

@@ -40,8 +40,8 @@ def verify(delta_path: str | Path, base: str | Path | Checkpoint | None = None) 
     Every stream is read and compared with its sha256, and every tensor is held against the rules of
     the data model; one tensor is in memory at a time. With a base, names, shapes, dtypes and the
     digests of base values are compared. What is wrong is reported, tensor by tensor, not raised;
-    only a delta file or a base that cannot be opened raises MissingFileError, and a base that is no
-    checkpoint FormatError.
+    only a delta file or a base that cannot be opened raises MissingFileError, a base that is no
+    checkpoint FormatError, and one that holds a part of a merge in place JournalError.
     """
     checkpoint = Checkpoint(base) if isinstance(base, (str, Path)) else base
     problems: list[str] = []

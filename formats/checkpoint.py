@@ -12,6 +12,7 @@ from deltakit.dtypes import Array
 from deltakit.errors import CoordinateError, FormatError, nearest
 from deltakit.formats.checkpoint_files import locate
 from deltakit.formats.safetensors_file import SafetensorsFile, TensorInfo
+from deltakit.formats.undo_folder import refuse_unfinished, undo_folder
 
 
 class Checkpoint:
@@ -19,20 +20,30 @@ class Checkpoint:
 
     path: a .safetensors file, an index file, or a directory (see
     `deltakit.formats.checkpoint_files`). model_id and revision: where it was published, if known.
+    unfinished: open it also where a merge into its files was interrupted.
 
     `tensors` maps names to TensorInfo in bytewise order; `files` are the weight files and `index`
-    the index file, or None; `directory` is None for a lone file; `notes` says what was found but
-    not used. Everything about the files is checked here: headers, sizes, and that index and shards
-    agree. Raises MissingFileError and FormatError.
+    the index file, or None; `directory` is None for a lone file; `journal` is the place of the
+    folder that tells of merges into these files; `notes` says what was found but not used.
+    Everything about the files is checked here: headers, sizes, and that index and shards agree.
+    Raises MissingFileError, FormatError, and JournalError for a merge that has not ended.
     """
 
     def __init__(
-        self, path: str | Path, *, model_id: str | None = None, revision: str | None = None
+        self,
+        path: str | Path,
+        *,
+        model_id: str | None = None,
+        revision: str | None = None,
+        unfinished: bool = False,
     ) -> None:
         self.path = Path(path)
         self.model_id = model_id
         self.revision = revision
         located = locate(path)
+        if not unfinished:
+            refuse_unfinished(located)
+        self.journal = undo_folder(located)
         self.directory = located.directory
         self.files = located.files
         self.index = located.index

@@ -109,9 +109,9 @@ def test_the_next_command_rolls_back(
     interrupted(model, deltas[1], dying_at_write)
     torn = model.read_bytes()
     monkeypatch.undo()
-    with pytest.raises(JournalError, match="was interrupted, which a dry run does not mend"):
+    with pytest.raises(JournalError, match="a part of a merge in place that was interrupted"):
         merge_in_place(model, deltas[1], dry_run=True)
-    with pytest.raises(JournalError, match="was interrupted, which a dry run does not mend"):
+    with pytest.raises(JournalError, match="a part of a merge in place that was interrupted"):
         merge(model, deltas[1], dry_run=True)
     assert model.read_bytes() == torn
     if following == "revert":

@@ -33,11 +33,11 @@ from deltakit.errors import JournalError, MissingFileError
 from deltakit.formats import sdelta
 from deltakit.formats.atomic import describing, sync, write_bytes
 from deltakit.formats.checkpoint import Checkpoint
+from deltakit.formats.undo_folder import NEXT, REVERTING, SUFFIX, UNDO
 from deltakit.in_place.journal_record import Merged, Record, described
 from deltakit.merging.inputs import Input
 from deltakit.merging.plan import Plan
 
-_SUFFIX = ".undo"
 _OURS = re.compile(r"[0-9a-f]{32}\.sdelta|\..+\.tmp")  # what may be pruned
 
 
@@ -46,18 +46,12 @@ class Journal:
     and `reverting` its three states."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        named = checkpoint.index or checkpoint.files[0]
         self.model = checkpoint.path
         self.files = [file.name for file in checkpoint.files]
-        self.folder = named.with_name(named.name + _SUFFIX)
-        self.undo = self.folder / "undo.sdelta"
-        self.next = self.folder / "next.sdelta"
-        self.reverting = self.folder / "reverting.sdelta"
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether a merge or a revert has begun and not ended."""
-        return self.next.exists() or self.reverting.exists()
+        self.folder = checkpoint.journal
+        self.undo = self.folder / UNDO
+        self.next = self.folder / NEXT
+        self.reverting = self.folder / REVERTING
 
     def merged(self) -> Record | None:
         """What has been merged; None where nothing is."""
@@ -135,9 +129,9 @@ class Journal:
     def refuse_others(self) -> None:
         """Raise JournalError where another journal tells of the same weight files, as when they
         were merged into through the index and are now addressed one by one."""
-        for folder in sorted(self.folder.parent.glob(f"*{_SUFFIX}")):
-            other = folder.name.removesuffix(_SUFFIX)
-            for name in ("undo.sdelta", "next.sdelta", "reverting.sdelta"):
+        for folder in sorted(self.folder.parent.glob(f"*{SUFFIX}")):
+            other = folder.name.removesuffix(SUFFIX)
+            for name in (UNDO, NEXT, REVERTING):
                 if folder == self.folder or not (folder / name).exists():
                     continue
                 shared = [f for f in _described(folder / name).files if f in self.files]

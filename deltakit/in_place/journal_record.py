@@ -19,6 +19,7 @@ from deltakit.dtypes import Array
 from deltakit.errors import FormatError, JournalError, UnsupportedVersionError
 from deltakit.formats import sdelta
 from deltakit.formats.checkpoint import Checkpoint
+from deltakit.formats.undo_folder import UNDO
 
 VERSION = 1
 _KEY = "in_place"
@@ -100,6 +101,15 @@ def described(provenance: Mapping[str, Any], path: Path) -> Record:
         return Record({}, merged, list(told["files"]), bool(told["through_links"]))
     except (KeyError, TypeError) as error:
         raise FormatError(f"{path}: the undo record lacks {error}") from None
+
+
+def merged_before(checkpoint: Checkpoint) -> Sequence[Merged]:
+    """The deltas that merges in place have left in a checkpoint as it is read, in order."""
+    undo = checkpoint.journal / UNDO
+    if isinstance(checkpoint, Original) or not undo.exists():
+        return ()
+    with sdelta.SdeltaFile(undo) as file:
+        return described(file.provenance, undo).merged
 
 
 def merged_bits(tensor: TensorDelta) -> Array:

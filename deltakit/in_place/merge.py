@@ -18,10 +18,12 @@ import numpy as np
 from deltakit.delta import TensorDelta, in_tensor_order
 from deltakit.dtypes import Array, dtype_of
 from deltakit.errors import ConfigError, DeltakitError, OutputError
+from deltakit.formats.checkpoint_files import locate
 from deltakit.formats.safetensors_file import TensorInfo
+from deltakit.formats.undo_folder import refuse_unfinished
 from deltakit.in_place.journal import Journal, kept
 from deltakit.in_place.journal_record import Original, Record, bits_before, check_bits, merged_bits
-from deltakit.in_place.recovery import Progress, refuse_pending, roll_back, settle
+from deltakit.in_place.recovery import Progress, roll_back, settle
 from deltakit.in_place.weights import OpenWeights
 from deltakit.merging.arithmetic import merged_words, union_between
 from deltakit.merging.carry import merged_config
@@ -94,7 +96,7 @@ def merge_in_place(
         journal = Journal(checkpoint)
         journal.refuse_others()
         if dry_run:
-            refuse_pending(journal)
+            refuse_unfinished(locate(model))
         notes = [] if dry_run else settle(opened, journal)
         earlier = journal.merged()
         if not (force or (earlier is not None and earlier.through_links)):

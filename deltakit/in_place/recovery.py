@@ -8,13 +8,14 @@ and repeated themselves.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from deltakit.delta import TensorDelta
 from deltakit.dtypes import Array
-from deltakit.errors import JournalError
-from deltakit.formats.checkpoint import Checkpoint
+from deltakit.formats.checkpoint_files import locate
+from deltakit.formats.undo_folder import is_unfinished, undo_folder
 from deltakit.in_place.journal import Journal
 from deltakit.in_place.journal_record import Record, bits_before, changed, merged_bits
 from deltakit.in_place.weights import OpenWeights
@@ -42,24 +43,12 @@ def settle(weights: OpenWeights, journal: Journal, *, force: bool = False) -> li
     return notes
 
 
-def settle_base(base: Checkpoint, *, dry_run: bool) -> list[str]:
-    """`settle` for a model that is only going to be read; a dry run refuses to."""
-    journal = Journal(base)
-    if not journal.is_pending:
+def settle_base(base: Path) -> list[str]:
+    """`settle` for the model at `base`, which is only going to be read."""
+    if not is_unfinished(undo_folder(locate(base))):
         return []
-    if dry_run:
-        refuse_pending(journal)
-    with OpenWeights(base.path) as weights:
-        return settle(weights, journal)
-
-
-def refuse_pending(journal: Journal) -> None:
-    """Raise JournalError where something would have to be written before anything else."""
-    if journal.is_pending:
-        raise JournalError(
-            f"a merge into {journal.model} or its revert was interrupted, which a dry run does not "
-            "mend; deltakit revert, or any merge that is no dry run, does"
-        )
+    with OpenWeights(base) as weights:
+        return settle(weights, Journal(weights.checkpoint))
 
 
 def roll_back(weights: OpenWeights, journal: Journal, *, force: bool = False) -> Record | None:

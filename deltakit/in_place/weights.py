@@ -41,7 +41,7 @@ class OpenWeights:
                 self._files[path] = stack.enter_context(_opened(path))
                 _lock(self._files[path], path)
             self._seen = self._stats()
-            self.checkpoint = Checkpoint(model)
+            self.checkpoint = Checkpoint(model, unfinished=True)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:

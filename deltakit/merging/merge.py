@@ -16,6 +16,7 @@ from deltakit.combine.weights import Weight
 from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import is_sdelta
+from deltakit.in_place.journal_record import merged_before
 from deltakit.in_place.recovery import settle_base
 from deltakit.merging.carry import carried_files, merged_config
 from deltakit.merging.files import Overflows, index_bytes, weight_files
@@ -104,10 +105,12 @@ def merge(
     other shapes, DeltaError for deltas that contradict each other, OutputExistsError for an output
     that exists (unless `force`) and OutputError where it cannot be written.
     """
+    settled: list[str] = []
     if not isinstance(base, Checkpoint):
         refuse_delta(base)
+        settled = [] if dry_run else settle_base(Path(base))
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint(base)
-    settled = settle_base(checkpoint, dry_run=dry_run)
+    settled += _carried(checkpoint)
     numbers = None if weights is None else [w for w in weights if not isinstance(w, Mapping)]
     if method is None and numbers is not None and len(numbers) != len(weights or ()):
         method = "linear"  # the same sum, with weights by pattern
@@ -166,6 +169,12 @@ def refuse_delta(base: str | Path) -> None:
     """Raise ConfigError for a delta that stands where a base should."""
     if Path(base).is_file() and is_sdelta(base):
         raise ConfigError(f"{base} is a delta; the first argument of a merge is the base")
+
+
+def _carried(base: Checkpoint) -> list[str]:
+    """What the output takes over from merges into the base's own files."""
+    merged = ", ".join(each.label for each in merged_before(base))
+    return [f"{base.path} carries {merged}, merged in place; the output does too"] if merged else []
 
 
 def _prepare(plan: Plan, output: Output, overflows: Overflows) -> Writing:
