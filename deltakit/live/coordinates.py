@@ -1,8 +1,9 @@
 """Between live parameters and the tensors of the checkpoint they were loaded from.
 
 A delta speaks of the checkpoint: its names, shapes and flat indices. A live model may carry a
-prefix that the checkpoint lacks (a `BertModel` checkpoint in a classifier), or lack one, and
-transformers renames the modules of some architectures when it loads them (ViT).
+prefix that the checkpoint lacks (a `BertModel` checkpoint in a classifier), or lack one;
+transformers renames the modules of some architectures when it loads them (ViT) and fuses the
+tensors of others (Mixtral's experts); and a checkpoint may hold both copies of a tied tensor.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,45 @@ import torch
 
 from deltakit.errors import CoordinateError
 from deltakit.formats.checkpoint import Checkpoint
+from deltakit.live.conversion import saved_regions
+from deltakit.live.offload import resident
+from deltakit.live.regions import Region, whole
 
 _OLD_ENDINGS = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 _CONFIG_KEYS = ("architectures", "id2label", "label2id", "problem_type", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where a checkpoint holds a model's tensors.
+
+    names: live name -> name in the checkpoint, None for what the checkpoint lacks, and the live
+    name itself for tensors that the checkpoint holds in other shapes or more than once. regions:
+    live name -> the parts of the checkpoint's tensors that make up such a tensor. dtypes: name in
+    `names` -> dtype in the checkpoint; empty without one.
+    """
+
+    names: Mapping[str, str | None]
+    regions: Mapping[str, Sequence[Region]] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def by_stored(self) -> dict[str, list[Region]]:
+        """Name in the checkpoint -> regions, for the tensors that regions speak of."""
+        found: dict[str, list[Region]] = {}
+        for region in (region for regions in self.regions.values() for region in regions):
+            found.setdefault(region.stored, []).append(region)
+        return found
+
+    @cached_property
+    def live(self) -> dict[str, str]:
+        """Name in `names`, or the live name for what the checkpoint lacks -> live name."""
+        return {stored or name: name for name, stored in self.names.items()}
+
+    @cached_property
+    def stored(self) -> list[str]:
+        """All names that deltas of this model may use."""
+        return [n for n in self.live if n not in self.regions] + list(self.by_stored)
 
 
 def find_checkpoint(model: torch.nn.Module) -> Checkpoint | None:
@@ -35,58 +74,130 @@ def saved_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All that a checkpoint of the model holds, by live name: parameters, then saved buffers."""
-    return {**dict(model.named_parameters()), **saved_buffers(model)}
+    """All that a checkpoint of the model holds, by live name: parameters, then saved buffers.
+
+    For weights that accelerate keeps in host memory, the tensors there (see `live.offload`).
+    """
+    found = {**dict(model.named_parameters()), **saved_buffers(model)}
+    return {name: resident(model, name, tensor) for name, tensor in found.items()}
 
 
 def checkpoint_names(
     model: torch.nn.Module, checkpoint: Checkpoint | None, *, buffers: bool = False
 ) -> dict[str, str | None]:
-    """Live name -> name in the checkpoint; None for what the checkpoint lacks.
+    """The names of `coordinates`."""
+    return dict(coordinates(model, checkpoint, buffers=buffers).names)
 
-    Names of parameters in the model's order, tied ones once, then of saved buffers if asked.
-    Without a checkpoint the live names are the coordinates. Raises CoordinateError where names
-    match and shapes differ.
+
+def coordinates(
+    model: torch.nn.Module, checkpoint: Checkpoint | None, *, buffers: bool = False
+) -> Coordinates:
+    """Where `checkpoint` holds the model's parameters (and saved buffers, if asked).
+
+    In the model's order, tied ones once. Without a checkpoint the live names are the coordinates.
+    Raises CoordinateError where names match and shapes differ.
     """
-    live = live_tensors(model) if buffers else dict[str, torch.Tensor](model.named_parameters())
+    live = dict[str, torch.Tensor](model.named_parameters())
+    if buffers:
+        live |= saved_buffers(model)
     if checkpoint is None:
-        return {name: name for name in live}
-    prefix = getattr(model, "base_model_prefix", "")
-    saved = _saved_names(model, live)
-    names = {n: _resolve((n, saved.get(n, n)), prefix, checkpoint) for n in live}
-    for name, stored in names.items():
-        if stored is not None and tuple(checkpoint.tensors[stored].shape) != live[name].shape:
+        return Coordinates({name: name for name in live})
+    copies = _all_names(model, live)
+    every = {name: tensor for first, tensor in live.items() for name in copies[first]}
+    saved = saved_regions(model, every) if hasattr(model, "save_pretrained") else {}
+    places = _Places(checkpoint, getattr(model, "base_model_prefix", ""), saved)
+    names: dict[str, str | None] = {}
+    regions, dtypes = {}, {}
+    for name, tensor in live.items():
+        found = places.regions(name, copies[name]) or places.wholes(name, copies[name], tensor)
+        if not found:
+            names[name] = None
+        elif len(found) == 1 and found[0].is_whole:
+            names[name] = found[0].stored
+        else:
+            names[name], regions[name] = name, found
+        if found:
+            dtypes[names[name] or name] = places.dtype(name, found)
+    return Coordinates(names, regions, dtypes)
+
+
+def _all_names(model: torch.nn.Module, live: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+    """Live name -> all names of the same tensor, itself first."""
+    first = {id(tensor): name for name, tensor in live.items()}
+    found = {name: [name] for name in live}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in found[first[id(parameter)]]:
+            found[first[id(parameter)]].append(name)
+    return found
+
+
+class _Places:
+    """Looks names up in a checkpoint that may have been saved by another class or version."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, prefix: str, saved: Mapping[str, Sequence[Region]]
+    ) -> None:
+        self.checkpoint, self.prefix = checkpoint, prefix
+        self.new_names: dict[str, str] = {}  # of tensors that are saved whole under another name
+        self.parts: dict[str, list[Region]] = {}
+        for stored, regions in saved.items():
+            for region in regions:
+                if len(regions) == 1 and region.is_whole:
+                    self.new_names[region.live] = stored
+                else:
+                    self.parts.setdefault(region.live, []).append(region)
+
+    def regions(self, name: str, copies: Sequence[str]) -> list[Region]:
+        """The regions of a tensor that is not saved whole; [] when the checkpoint has none."""
+        parts = [part for copy in copies for part in self.parts.get(copy, [])]
+        found = [self._find([part.stored]) for part in parts]
+        if not any(found):
+            return []
+        for part, stored in zip(parts, found, strict=True):
+            if stored is None:
+                raise CoordinateError(
+                    f"live tensor {name!r} is made of several tensors of the checkpoint, but "
+                    f"{self.checkpoint.path} lacks {part.stored!r}; is it complete?"
+                )
+            self._check_shape(name, part.stored_shape, stored)
+        return [part.moved(name, s) for part, s in zip(parts, found, strict=True) if s is not None]
+
+    def wholes(self, name: str, copies: Sequence[str], tensor: torch.Tensor) -> list[Region]:
+        """The tensors of the checkpoint that hold all of a live tensor, one per copy in there."""
+        shape = tuple(tensor.shape)
+        wanted = [self._find([copy, self.new_names.get(copy, copy)]) for copy in copies]
+        stored = [s for s in dict.fromkeys(wanted) if s is not None]
+        for each in stored:
+            self._check_shape(name, shape, each)
+        return [whole(name, each, shape) for each in stored]
+
+    def dtype(self, name: str, found: Sequence[Region]) -> str:
+        """The dtype of the tensors that hold a live tensor."""
+        dtypes = {self.checkpoint.tensors[each.stored].dtype: each.stored for each in found}
+        if len(dtypes) > 1:
+            kinds = ", ".join(f"{stored!r} ({dtype})" for dtype, stored in dtypes.items())
             raise CoordinateError(
-                f"live tensor {name!r} has shape {list(live[name].shape)}, but {stored!r} in "
-                f"the checkpoint has {list(checkpoint.tensors[stored].shape)}; load the model as "
-                "its checkpoint describes it"
+                f"live tensor {name!r} is made of tensors of several dtypes in "
+                f"{self.checkpoint.path}: {kinds}; save the checkpoint in one dtype"
             )
-    return names
+        return next(iter(dtypes))
 
+    def _check_shape(self, name: str, shape: tuple[int, ...], stored: str) -> None:
+        found = self.checkpoint.tensors[stored].shape
+        if found != shape:
+            raise CoordinateError(
+                f"live tensor {name!r} has shape {list(shape)}, but {stored!r} in the checkpoint "
+                f"has {list(found)}; load the model as its checkpoint describes it"
+            )
 
-def _saved_names(model: Any, live: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Live name -> name under which `save_pretrained` writes the tensor, where it is kept whole.
-
-    Tensors without data go through the library's own conversion, and are known again by identity.
-    """
-    if not hasattr(model, "save_pretrained"):
-        return {}
-    from transformers.core_model_loading import revert_weight_conversion
-
-    marks = {name: torch.empty_like(tensor, device="meta") for name, tensor in live.items()}
-    known = {id(mark): name for name, mark in marks.items()}
-    saved = revert_weight_conversion(model, marks)
-    return {known[id(mark)]: name for name, mark in saved.items() if id(mark) in known}
-
-
-def _resolve(names: Sequence[str], prefix: str, checkpoint: Checkpoint) -> str | None:
-    candidates = list(dict.fromkeys(names))
-    if prefix:
-        candidates += [name.removeprefix(f"{prefix}.") for name in names]
-        candidates += [f"{prefix}.{name}" for name in names]
-    for new, old in _OLD_ENDINGS:
-        candidates += [c.removesuffix(new) + old for c in candidates if c.endswith(new)]
-    return next((c for c in candidates if c in checkpoint.tensors), None)
+    def _find(self, names: Sequence[str]) -> str | None:
+        candidates = list(dict.fromkeys(names))
+        if self.prefix:
+            candidates += [name.removeprefix(f"{self.prefix}.") for name in names]
+            candidates += [f"{self.prefix}.{name}" for name in names]
+        for new, old in _OLD_ENDINGS:
+            candidates += [c.removesuffix(new) + old for c in candidates if c.endswith(new)]
+        return next((c for c in candidates if c in self.checkpoint.tensors), None)
 
 
 def config_changes(model: torch.nn.Module, checkpoint: Checkpoint | None) -> dict[str, Any]:

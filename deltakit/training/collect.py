@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 
 from deltakit.delta import TensorDelta
 from deltakit.dtypes import Array, dtype
-from deltakit.formats.checkpoint import Checkpoint
 from deltakit.live.arrays import dtype_name, to_numpy
+from deltakit.live.coordinates import Coordinates
+from deltakit.live.translation import to_checkpoint
 from deltakit.training.entries import Entries, Target
 
 
 def collect(
-    entries: Entries, checkpoint: Checkpoint | None, *, ordered: bool, frozen: bool
+    entries: Entries, where: Coordinates, *, ordered: bool, frozen: bool
 ) -> tuple[dict[str, TensorDelta], dict[str, Array]]:
-    """The tensors of a delta by name, and the base's values at their indices.
+    """The tensors of a delta by name in the checkpoint, and the base's values at their indices.
 
     ordered: whether orders are recorded. frozen: entries were zeroed rather than trained, so they
     are in `set` mode.
@@ -25,7 +28,7 @@ def collect(
     base: dict[str, Array] = {}
     for target in entries.targets:
         if len(target.indices) or target.resting:
-            on_disk = checkpoint.tensors[target.name].dtype if checkpoint else None
+            on_disk = where.dtypes.get(target.name)
             indices, values, before, order = _sorted(target, entries, orders)
             base[target.name] = to_numpy(before.to(target.parameter.dtype))
             if frozen:
@@ -42,7 +45,30 @@ def collect(
                     trained_dtype=dtype_name(target.parameter),
                     seed=target.seed,
                 )
-    return tensors, base
+    return to_checkpoint(tensors, where), _base_in_checkpoint(entries.targets, tensors, base, where)
+
+
+def _base_in_checkpoint(
+    targets: Sequence[Target],
+    tensors: Mapping[str, TensorDelta],
+    base: Mapping[str, Array],
+    where: Coordinates,
+) -> dict[str, Array]:
+    """Base values at the indices of `tensors`, in the order of the indices in the checkpoint."""
+    bits = {
+        target.name: TensorDelta(
+            name=target.name,
+            shape=target.shape,
+            dtype=dtype_name(target.parameter),
+            mode="set",
+            indices=tensors[target.name].indices,
+            values=base[target.name],
+        )
+        for target in targets
+        if target.name in tensors and target.name in where.regions
+    }
+    moved = {n: t.values.view(t.kind.numpy) for n, t in to_checkpoint(bits, where).items()}
+    return {name: values for name, values in base.items() if name not in bits} | moved
 
 
 def _sorted(

@@ -13,7 +13,8 @@ from deltakit.dtypes import Array
 from deltakit.errors import BaseMismatchError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import fingerprint, sample_positions
-from deltakit.live.arrays import to_numpy
+from deltakit.live.coordinates import Coordinates, live_tensors
+from deltakit.live.translation import stored_values
 from deltakit.training.entries import Target
 
 
@@ -28,6 +29,7 @@ class LiveIdentity:
         self,
         model: torch.nn.Module,
         targets: Sequence[Target],
+        where: Coordinates,
         checkpoint: Checkpoint | None,
         model_id: str | None,
         revision: str | None,
@@ -37,7 +39,12 @@ class LiveIdentity:
         self.revision = revision or getattr(config, "_commit_hash", None)
         live_weights = sum(p.numel() for p in model.parameters())
         self.total_weights = checkpoint.total_weights if checkpoint else live_weights
-        self._samples = {t.name: _sample(t) for t in targets}
+        live = live_tensors(model)
+        shapes = dict(shape for target in targets for shape in _stored_shapes(target, where))
+        self._samples = {
+            name: stored_values(name, sample_positions(name, shape), where, live)
+            for name, shape in shapes.items()
+        }
 
     def of(self, base_values: Mapping[str, Array]) -> BaseIdentity:
         """The identity of tensors whose base values at their own indices are given."""
@@ -66,6 +73,8 @@ def _model_id(name: str | None) -> str | None:
     return Path(name).resolve().name if name and Path(name).exists() else name or None
 
 
-def _sample(target: Target) -> Array:
-    positions = sample_positions(target.name, tuple(target.parameter.shape))
-    return to_numpy(target.flat[torch.from_numpy(positions).to(target.flat.device)])
+def _stored_shapes(target: Target, where: Coordinates) -> list[tuple[str, tuple[int, ...]]]:
+    """The checkpoint's tensors that hold a target, with their shapes."""
+    if target.name in where.regions:
+        return [(region.stored, region.stored_shape) for region in where.regions[target.name]]
+    return [(target.name, target.shape)]

@@ -14,11 +14,13 @@ from deltakit.errors import ConfigError, TrainingError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.live.arrays import to_numpy
 from deltakit.live.coordinates import (
-    checkpoint_names,
+    Coordinates,
     config_changes,
+    coordinates,
     find_checkpoint,
     saved_buffers,
 )
+from deltakit.live.translation import settled
 from deltakit.selection.fixed import Unresolved, resolved
 from deltakit.selection.methods import Method
 from deltakit.selection.scene import Calibration, Scene
@@ -95,14 +97,18 @@ class SparseTuner:
             raise ConfigError(f"accumulation_steps must be at least 1, found {accumulation_steps}")
         self.model = model
         self.checkpoint = _open(base) or find_checkpoint(model)
-        names = checkpoint_names(model, self.checkpoint)
-        stored = checkpoint_names(model, self.checkpoint, buffers=True)
-        buffers = {stored[n] or n: buffer for n, buffer in saved_buffers(model).items()}
+        self._where = coordinates(model, self.checkpoint, buffers=True)
+        names = {n: self._where.names[n] for n, _ in model.named_parameters()}
+        buffers = {self._where.names[n] or n: b for n, b in saved_buffers(model).items()}
         targets, extra_names = choose_targets(model, names, target, exclude, extras)
         self._requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
-        self._identity = LiveIdentity(model, targets, self.checkpoint, model_id, revision)
-        keep_clear(targets, avoid)
+        self._identity = LiveIdentity(
+            model, targets, self._where, self.checkpoint, model_id, revision
+        )
         live = dict(model.named_parameters())
+        keep_clear(targets, [settled(each, self._where, live) for each in avoid])
+        earlier = None if init_delta is None else settled(init_delta, self._where, live)
+        _refuse_rearranged(extra_names, self._where)
         kept = [make_extra(names[n] or n, live[n]) for n in extra_names]
         scene = Scene(
             targets=targets,
@@ -112,11 +118,11 @@ class SparseTuner:
             model=model,
             calibration=calibration,
         )
-        self.method = resolved(method, continued(scene, targets, init_delta))
+        self.method = resolved(method, continued(scene, targets, earlier))
         entries = Entries(targets, self.method.budget)
-        if init_delta is not None:
-            self._identity.check(init_delta)
-            continue_from(init_delta, entries, kept)
+        if earlier is not None:
+            self._identity.check(earlier)
+            continue_from(earlier, entries, kept)
         start = self.method.start(replace(scene, taken=entries.count))
         enter(start.support, entries)
         for name, parameter in live.items():
@@ -176,9 +182,7 @@ class SparseTuner:
         """
         engine = self.engine
         ordered = engine.selector is not None
-        tensors, base = collect(
-            engine.entries, self.checkpoint, ordered=ordered, frozen=engine.frozen
-        )
+        tensors, base = collect(engine.entries, self._where, ordered=ordered, frozen=engine.frozen)
         extras = {e.name: to_numpy(e.parameter) for e in engine.extras}
         extras |= {n: to_numpy(buffer) for n, buffer in engine.changed_buffers().items()}
         return SparseDelta(
@@ -211,6 +215,15 @@ class SparseTuner:
 
 def _open(base: str | os.PathLike[str] | Checkpoint | None) -> Checkpoint | None:
     return base if base is None or isinstance(base, Checkpoint) else Checkpoint(os.fspath(base))
+
+
+def _refuse_rearranged(extras: Sequence[str], where: Coordinates) -> None:
+    for name in extras:
+        if name in where.regions:
+            raise ConfigError(
+                f"tensor {name!r} is held rearranged by the checkpoint (such as in "
+                f"{where.regions[name][0].stored!r}) and cannot be an extra; train entries of it"
+            )
 
 
 def _refuse_several_processes() -> None:
