@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deltakit.errors import DeltakitError, MissingFileError, OutputError, OutputExistsError
+from deltakit.formats.locks import try_lock
+
+_TEMPORARY = ".deltakit.tmp"  # so that no other program's files are taken for ours
 
 
 @contextmanager
@@ -16,28 +20,62 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success fsync it and move it onto `path`.
 
     On any exception, KeyboardInterrupt included, the temporary file is removed and `path` is left
-    as it was. Raises MissingFileError when the folder does not exist and OutputError when the
-    system refuses to write.
+    as it was; that of a process that was killed is removed by the next one that writes `path`.
+    Raises MissingFileError when the folder does not exist and OutputError when the system refuses
+    to write.
     """
     target = Path(path)
     if not target.parent.is_dir():
         raise MissingFileError(f"cannot write {target}: folder {target.parent} does not exist")
     with describing(target):
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; outputs are ordinary
-            yield temporary
-            sync(temporary)
-            temporary.replace(target)
-            sync(target.parent)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
-            raise
+        _remove_stale(target)
+        with _temporary(target) as temporary:
+            try:
+                umask = os.umask(0)
+                os.umask(umask)
+                temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; outputs are ordinary
+                yield temporary
+                sync(temporary)
+                temporary.replace(target)
+                sync(target.parent)
+            except BaseException:
+                with suppress(FileNotFoundError):
+                    temporary.unlink()
+                raise
+
+
+@contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """Make an empty file beside `target`, locked while this process lives and writes it."""
+    prefix, folder = f".{target.name}.", target.parent
+    locked: bool | None = False
+    while locked is False:
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=_TEMPORARY, dir=folder)
+        locked = try_lock(handle)
+        if locked and not Path(name).exists():
+            locked = False  # another process has just taken it for stale
+        if not locked:
+            os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        if locked:
+            os.close(handle)
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove the temporary files for `target` that no living process has locked."""
+    ours = re.compile(rf"\.{re.escape(target.name)}\.\w+{re.escape(_TEMPORARY)}")
+    for path in target.parent.iterdir():
+        if not ours.fullmatch(path.name):
+            continue
+        with suppress(OSError):  # another process removes it as well, or it is somebody else's
+            handle = os.open(path, os.O_RDWR)
+            try:
+                if try_lock(handle):
+                    path.unlink()
+            finally:
+                os.close(handle)
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        if not try_lock(handle):
+        if try_lock(handle) is False:
             raise OutputError(f"another process is writing {target}; wait for it, or stop it")
         yield
     finally:

@@ -121,7 +121,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    if not try_lock(file.fileno()):
+    if try_lock(file.fileno()) is False:
         raise JournalError(
             f"another process is merging into {path} or taking a merge back; wait until it has done"
         )
