@@ -39,6 +39,7 @@ COMMANDS = {
     "revert": Entry("deltakit.cli.revert", "Take merges in place back, bit for bit."),
     "compare": Entry("deltakit.cli.compare", "Tell how deltas overlap and disagree."),
     "diff": Entry("deltakit.cli.diff", "Take the exact difference of two checkpoints."),
+    "convert": Entry("deltakit.cli.convert", "Convert deltas from and to the formats of others."),
     "verify": Entry("deltakit.cli.verify", "Check a delta's bytes, and its base if given."),
 }
 

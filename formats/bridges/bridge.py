@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,11 +18,25 @@ class Options:
     """What a conversion may be told beside the base; a bridge takes what concerns it.
 
     budget: entries to keep of a dense change, a count or a share of the base ("100k", "0.1%").
-    density: the same as a share of the changed tensors' weights, from 0 to 1.
+    density: the same as a share of the changed tensors' weights, above 0 to 1.
+    mode: what values are, differences or new weights, where a file does not say.
+    prefix: what the live model has before the checkpoint's names, for formats of live names.
+    lossy: leave out what a format cannot hold, with a note, where it would be refused.
     """
 
     budget: int | str | None = None
     density: float | None = None
+    mode: Mode | None = None
+    prefix: str = ""
+    lossy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """Sums of squares of a tensor's change, before and after it was made sparse."""
+
+    whole: float
+    kept: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +44,13 @@ class Reading:
     """What a bridge made of a foreign file.
 
     delta: in checkpoint coordinates; `deltakit.conversion` adds the base's identity and the
-    provenance. notes: what was lost or assumed, one line each.
+    provenance. notes: what was lost or assumed, one line each. energy: by tensor, of changes that
+    were made sparse.
     """
 
     delta: SparseDelta
     notes: tuple[str, ...] = ()
+    energy: Mapping[str, Energy] = field(default_factory=dict)
 
 
 class Bridge:

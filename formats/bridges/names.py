@@ -8,41 +8,55 @@ from deltakit.errors import CoordinateError, nearest
 from deltakit.formats.checkpoint import Checkpoint
 
 
-def checkpoint_names(live: Iterable[str], base: Checkpoint | None) -> dict[str, str]:
+def checkpoint_names(
+    live: Iterable[str], base: Checkpoint | None, optional: Iterable[str] = ()
+) -> dict[str, str]:
     """Live name -> name in the checkpoint, by one rule for all of the names.
 
     The names themselves where the checkpoint has them all; otherwise the only prefix which, taken
-    off all of them ("model.layers.0.w" -> "layers.0.w") or put before all of them, gives names of
-    the checkpoint. Names without a prefix to take off (a head beside "bert.…") must be there as
-    they are. Without a checkpoint the live names are the coordinates. Raises CoordinateError where
-    no prefix does it, naming the nearest tensor, and where several do.
+    off ("model.layers.0.w" -> "layers.0.w") or put before those that the checkpoint lacks, gives
+    names of the checkpoint. optional: names that the checkpoint may lack, such as those of a new
+    head; they follow the same rule where it leads to a tensor, and stay as they are otherwise.
+    Without a checkpoint the live names are the coordinates.
+
+    Raises CoordinateError where no prefix does it, naming the nearest tensor, and where several do.
     """
-    names = list(live)
-    if base is None or all(name in base.tensors for name in names):
-        return {name: name for name in names}
-    found = [made for made in _candidates(names, base) if set(made.values()) <= set(base.tensors)]
-    if len(found) == 1:
-        return found[0]
-    missing = next(name for name in names if name not in base.tensors)
-    if found:
+    names, may_lack = list(live), list(optional)
+    if base is None:
+        return {name: name for name in (*names, *may_lack)}
+    missing = [name for name in names if name not in base.tensors]
+    rules = [("", "")] if not missing else _rules(missing, base)
+    if not rules:
+        ending = missing[0].rpartition(".")[2]
+        hint = nearest(missing[0], [name for name in base.names if name.endswith(f".{ending}")])
         raise CoordinateError(
-            f"tensor {missing!r} could be {found[0][missing]!r} or {found[1][missing]!r} in "
-            f"{base.path}; give the base that the file was made of"
+            f"{base.path} has no tensor {missing[0]!r}, with or without a prefix{hint}"
         )
-    ending = missing.rpartition(".")[2]
-    hint = nearest(missing, [name for name in base.names if name.endswith(f".{ending}")])
-    raise CoordinateError(f"{base.path} has no tensor {missing!r}, with or without a prefix{hint}")
+    if len(rules) > 1:
+        one, other = (_renamed(missing[0], *rule) for rule in rules[:2])
+        raise CoordinateError(
+            f"tensor {missing[0]!r} could be {one!r} or {other!r} in {base.path}; give the base "
+            "that the file was made of"
+        )
+    found = {}
+    for name in (*names, *may_lack):
+        renamed = name if name in base.tensors else _renamed(name, *rules[0])
+        found[name] = renamed if renamed in base.tensors else name
+    return found
 
 
-def _candidates(names: list[str], base: Checkpoint) -> list[dict[str, str]]:
-    """Every renaming by one prefix that could fit the first name that the checkpoint lacks."""
-    first = next(name for name in names if name not in base.tensors)
-    made = []
-    for stored in base.tensors:
-        if first.endswith(f".{stored}"):
-            prefix = first[: -len(stored)]
-            made.append({n: n if n in base.tensors else n.removeprefix(prefix) for n in names})
-        elif stored.endswith(f".{first}"):
-            prefix = stored[: -len(first)]
-            made.append({n: n if n in base.tensors else prefix + n for n in names})
-    return [m for m in made if len(set(m.values())) == len(m)]
+def _rules(missing: list[str], base: Checkpoint) -> list[tuple[str, str]]:
+    """All (prefix to take off, prefix to put before) that lead every name to a tensor."""
+    first = missing[0]
+    rules = [(first[: -len(n)], "") for n in base.tensors if first.endswith(f".{n}")]
+    rules += [("", n[: -len(first)]) for n in base.tensors if n.endswith(f".{first}")]
+    return [rule for rule in rules if _leads(missing, rule, base)]
+
+
+def _leads(missing: list[str], rule: tuple[str, str], base: Checkpoint) -> bool:
+    off, _ = rule
+    return all(n.startswith(off) and _renamed(n, *rule) in base.tensors for n in missing)
+
+
+def _renamed(name: str, off: str, on: str) -> str:
+    return on + name.removeprefix(off)
