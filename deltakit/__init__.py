@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deltakit.analyses import distances as distances
     from deltakit.analyses import unmasking_history as unmasking_history
     from deltakit.comparing.compare import compare as compare
+    from deltakit.conversion import convert as convert
     from deltakit.delta import BaseIdentity as BaseIdentity
     from deltakit.delta import Fingerprint as Fingerprint
     from deltakit.delta import SparseDelta as SparseDelta
@@ -48,6 +49,12 @@ if TYPE_CHECKING:
     from deltakit.selection import RowMask as RowMask
     from deltakit.selection import Static as Static
     from deltakit.selection import UserMask as UserMask
+    from deltakit.sparse_arrays import WeightPatch as WeightPatch
+    from deltakit.sparse_arrays import from_scipy as from_scipy
+    from deltakit.sparse_arrays import from_torch as from_torch
+    from deltakit.sparse_arrays import to_scipy as to_scipy
+    from deltakit.sparse_arrays import to_torch as to_torch
+    from deltakit.sparse_arrays import to_vllm as to_vllm
     from deltakit.stacking import stack as stack
     from deltakit.training.calibration import Batches as Batches
     from deltakit.training.lr_search import find_lr as find_lr
@@ -78,13 +85,17 @@ _EXPORTS = {
     "Static": "deltakit.selection",
     "TensorDelta": "deltakit.delta",
     "UserMask": "deltakit.selection",
+    "WeightPatch": "deltakit.sparse_arrays",
     "add": "deltakit.algebra",
     "applied": "deltakit.live.apply",
     "apply": "deltakit.live.apply",
     "compare": "deltakit.comparing.compare",
+    "convert": "deltakit.conversion",
     "diff": "deltakit.diffing.diff",
     "distances": "deltakit.analyses",
     "find_lr": "deltakit.training.lr_search",
+    "from_scipy": "deltakit.sparse_arrays",
+    "from_torch": "deltakit.sparse_arrays",
     "inspect": "deltakit.inspection",
     "intersect": "deltakit.algebra",
     "load": "deltakit.formats.sdelta",
@@ -97,6 +108,9 @@ _EXPORTS = {
     "scale": "deltakit.algebra",
     "stack": "deltakit.stacking",
     "subtract": "deltakit.algebra",
+    "to_scipy": "deltakit.sparse_arrays",
+    "to_torch": "deltakit.sparse_arrays",
+    "to_vllm": "deltakit.sparse_arrays",
     "truncate": "deltakit.truncation",
     "unmasking_history": "deltakit.analyses",
     "verify": "deltakit.verification",

@@ -137,9 +137,3 @@ def weight_of(module: str, name: str, base: Checkpoint) -> tuple[tuple[int, ...]
             f"{list(info.shape)}, expected the floats of a linear layer [out, in]"
         )
     return info.shape, info.kind
-
-
-def rounded(values: Array, kind: DType) -> Array:
-    """Differences as some adapters add them: cast to the dtype of the weight, then widened again."""
-    with np.errstate(over="ignore"):  # infinite then, and refused by the delta
-        return np.asarray(values.astype(kind.numpy).astype(kind.compute or np.float32))

@@ -17,11 +17,10 @@ from deltakit.formats.bridges.peft_adapter import (
     Adapter,
     is_adapter,
     open_adapter,
-    rounded,
     saved_whole,
     weight_of,
 )
-from deltakit.formats.bridges.peft_rounding import all_fitted, rounding_note
+from deltakit.formats.bridges.peft_rounding import all_fitted, rounded, rounding_note
 from deltakit.formats.bridges.peft_writer import (
     filled,
     filling_note,
