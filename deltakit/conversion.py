@@ -161,7 +161,9 @@ def _with_identity(reading: Reading, base: Checkpoint | None, reader: Bridge) ->
     delta = reading.delta
     named = delta.base or BaseIdentity()
     if base is not None and not named.tensors:
-        known = identify(base, {name: tensor.indices for name, tensor in delta.tensors.items()})
+        touched = {name: tensor.indices for name, tensor in delta.tensors.items()}
+        trained = {name: tensor.trained_dtype for name, tensor in delta.tensors.items()}
+        known = identify(base, touched, trained)
         model_id, revision = known.model_id or named.model_id, known.revision or named.revision
         delta = replace(delta, base=replace(known, model_id=model_id, revision=revision))
     elif delta.base == BaseIdentity():

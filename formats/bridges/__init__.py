@@ -7,11 +7,17 @@ from pathlib import Path
 
 from deltakit.errors import FormatError, MissingFileError
 from deltakit.formats.bridges import coo_safetensors as coo_safetensors
+from deltakit.formats.bridges import id3_toolkit as id3_toolkit
+from deltakit.formats.bridges import lt_sft as lt_sft
 from deltakit.formats.bridges import peft_lora as peft_lora
 from deltakit.formats.bridges import peft_shira as peft_shira
 from deltakit.formats.bridges import peft_supertuning as peft_supertuning
+from deltakit.formats.bridges import random_masking as random_masking
+from deltakit.formats.bridges import rosa as rosa
 from deltakit.formats.bridges import sdelta as sdelta
+from deltakit.formats.bridges import spiel as spiel
 from deltakit.formats.bridges import vllm_patch as vllm_patch
+from deltakit.formats.bridges import weightscope as weightscope
 from deltakit.formats.bridges.bridge import BRIDGES as BRIDGES
 from deltakit.formats.bridges.bridge import Bridge as Bridge
 from deltakit.formats.bridges.bridge import Options as Options

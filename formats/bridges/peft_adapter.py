@@ -13,11 +13,13 @@ from deltakit.delta import BaseIdentity
 from deltakit.dtypes import Array, DType
 from deltakit.errors import DeltakitError, FormatError
 from deltakit.formats import strict_json
+from deltakit.formats.bridges.foreign_tensors import StateDict, mentioned
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_file import SafetensorsFile
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"  # of PEFT before 0.7, and of its forks
 PREFIX = "base_model.model."  # before the live name, in every key
 MAX_CONFIG = 10_000_000  # bytes
 
@@ -32,7 +34,7 @@ class Adapter:
 
     folder: Path
     config: Mapping[str, Any]
-    file: SafetensorsFile
+    file: SafetensorsFile | StateDict
     modules: Mapping[str, Mapping[str, str]]
     saved: Mapping[str, str]
 
@@ -69,6 +71,10 @@ def is_adapter(path: Path, peft_type: str, marks: Iterable[str], what: str) -> s
     config = adapter_config(path)
     if config is None or config.get("peft_type") != peft_type:
         return None
+    folder = path if path.is_dir() else path.parent
+    if _is_pickled(folder):
+        endings = tuple(f".{mark}" for mark in marks)
+        return what if any(n.endswith(endings) for n in mentioned(folder / PICKLED)) else None
     try:
         return f"{what}, {len(open_adapter(path, marks).modules)} modules"
     except (OSError, DeltakitError):
@@ -82,7 +88,8 @@ def open_adapter(path: Path, marks: Iterable[str]) -> Adapter:
     config = adapter_config(path)
     if config is None:
         raise FormatError(f"{folder} holds no readable {CONFIG}")
-    file = SafetensorsFile(folder / WEIGHTS)
+    pickled = _is_pickled(folder)
+    file = StateDict(folder / PICKLED) if pickled else SafetensorsFile(folder / WEIGHTS)
     endings = tuple(marks)
     modules: dict[str, dict[str, str]] = {}
     saved = {}
@@ -96,6 +103,10 @@ def open_adapter(path: Path, marks: Iterable[str]) -> Adapter:
     if not modules:
         raise FormatError(f"{file.path} holds no {' or '.join(endings)}")
     return Adapter(folder, config, file, modules, saved)
+
+
+def _is_pickled(folder: Path) -> bool:
+    return (folder / PICKLED).is_file() and not (folder / WEIGHTS).is_file()
 
 
 def saved_whole(
