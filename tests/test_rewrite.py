@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from deltakit.errors import FormatError
+from deltakit.formats import rewrite
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.rewrite import Copied, Part, arranged, header, write
 
@@ -45,6 +46,44 @@ def test_pieces_become_a_safetensors_file(
     assert {n: i.shape for n, i in Checkpoint(out).tensors.items()} == {
         p.name: p.shape for p in parts
     }
+
+
+@pytest.mark.parametrize("advice", ["taken", "refused", "unknown"])
+def test_what_is_written_is_sent_to_the_disk_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, advice: str
+) -> None:
+    """Once each, when it is written, and no later than the size of two pieces; the bytes are the
+    same where the system does not know the advice or does not take it."""
+    sent: list[tuple[int, int]] = []
+    out = tmp_path / "out"
+
+    def advise(handle: int, offset: int, size: int, what: int) -> None:
+        assert what == 4 and os.fstat(handle).st_size == offset + size
+        sent.append((offset, size))
+        if advice == "refused":
+            raise OSError("not on this file system")
+
+    monkeypatch.setattr(rewrite, "_WRITEBACK", 1000)
+    monkeypatch.setattr(os, "POSIX_FADV_DONTNEED", 4, raising=False)
+    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    if advice == "unknown":
+        monkeypatch.delattr(os, "posix_fadvise")
+    source = tmp_path / "source"
+    source.write_bytes(np.random.default_rng(51).bytes(9000))
+    data = source.read_bytes()
+    own = [memoryview(data)[at : at + 300] for at in range(0, 9000, 300)]
+    parts = [
+        Part("a", "U8", (9000,), 9000, lambda: own),
+        Part("b", "U8", (9000,), 9000, lambda: [Copied(source, 0, 9000)]),
+    ]
+    write(out, b"head", parts, lambda size: None)
+    assert out.read_bytes() == b"head" + data + data
+    if advice == "unknown":
+        assert not sent
+        return
+    ends = [offset + size for offset, size in sent]
+    assert [offset for offset, _ in sent] == [0, *ends[:-1]]
+    assert ends[0] == 4 + 4 * 300 and ends[-1] > 18_004 - 1000
 
 
 def test_a_part_must_be_as_long_as_it_says(tmp_path: Path) -> None:
