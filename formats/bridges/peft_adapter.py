@@ -97,7 +97,8 @@ def open_adapter(path: Path, marks: Iterable[str]) -> Adapter:
         live = key.removeprefix(PREFIX)
         mark = next((m for m in endings if live.endswith(f".{m}")), None)
         if mark is None:
-            saved[live.replace(".base_layer.", ".")] = key
+            if ".original_module." not in live:  # a head before training, saved with all biases
+                saved[_unwrapped(live)] = key
         else:
             modules.setdefault(live[: -len(mark) - 1], {})[mark] = key
     if not modules:
@@ -107,6 +108,10 @@ def open_adapter(path: Path, marks: Iterable[str]) -> Adapter:
 
 def _is_pickled(folder: Path) -> bool:
     return (folder / PICKLED).is_file() and not (folder / WEIGHTS).is_file()
+
+
+def _unwrapped(live: str) -> str:
+    return live.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
 
 
 def saved_whole(

@@ -79,7 +79,7 @@ class PeftShira(Bridge):
             arrays[f"{module}.shira_weight"] = added
             arrays[f"{module}.shira_indices"] = rows_columns
         config = {"peft_type": "SHIRA", "r": rank, "mask_type": "random", "random_seed": None}
-        write_adapter(path, config, arrays, delta, modules, options)
+        write_adapter(path, config, arrays, delta, modules, base, options)
         return (*notes, *filling_note(modules, counts))
 
 

@@ -91,7 +91,7 @@ class PeftSupertuning(Bridge):
             "r": None,
             "save_precomputed_indices": True,
         }
-        write_adapter(path, config, arrays, delta, modules, options)
+        write_adapter(path, config, arrays, delta, modules, base, options)
         return (*notes, *more, *filling_note(modules, counts))
 
 

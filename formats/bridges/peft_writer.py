@@ -17,6 +17,7 @@ from deltakit.formats.atomic_folder import replacing_folder
 from deltakit.formats.bridges import container
 from deltakit.formats.bridges.bridge import Options
 from deltakit.formats.bridges.peft_adapter import CONFIG, PREFIX, WEIGHTS, Adapter
+from deltakit.formats.checkpoint import Checkpoint
 
 _ENTRIES = "deltakit.entries"  # metadata: JSON, live module -> entries before the filling
 
@@ -91,11 +92,19 @@ def write_adapter(
     arrays: Mapping[str, Array],
     delta: SparseDelta,
     modules: Mapping[str, TensorDelta],
+    base: Checkpoint | None,
     options: Options,
 ) -> None:
-    """Write an adapter's folder: `arrays` by live key, and the delta's extras saved whole."""
+    """Write an adapter's folder: `arrays` by live key, and the delta's extras saved whole.
+
+    Extras that the base has get the prefix; a new head stands outside the model that has it.
+    """
     known = delta.base or BaseIdentity()
-    extras = {options.prefix + name: array for name, array in delta.extras.items()}
+    inside = set() if base is None else set(base.tensors)
+    extras = {
+        options.prefix + name if name in inside else name: array
+        for name, array in delta.extras.items()
+    }
     content = {
         "base_model_name_or_path": known.model_id,
         "revision": known.revision,
