@@ -5,83 +5,179 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from deltakit.delta import SparseDelta, TensorDelta
-from deltakit.dtypes import Array, add_exact, dtype
-from deltakit.errors import BaseMismatchError, ConfigError, CoordinateError, nearest
+from deltakit.dtypes import Array, dtype, dtype_of
+from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.identity import fingerprint, sample_positions
-from deltakit.live.arrays import dtype_name, to_numpy, to_torch
-from deltakit.live.coordinates import checkpoint_names, find_checkpoint, live_tensors
+from deltakit.live.arrays import dtype_name
+from deltakit.live.base_check import check_live_base
+from deltakit.live.coordinates import Coordinates, coordinates, find_checkpoint, live_tensors
+from deltakit.live.ledger import Applied
+from deltakit.live.offload import check_resident
+from deltakit.live.state import State, state_of
+from deltakit.live.translation import read_stored, to_model
+from deltakit.merging.inputs import Given, Input, read_inputs
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class Locator:
+    """Brings deltas to a model: finds their tensors in it and checks that it is their base.
+
+    Raises CoordinateError for tensors or shapes that the model lacks, and for weights that are in
+    no memory; BaseMismatchError for a delta of another base.
+    """
+
+    model: torch.nn.Module
+    base: str | os.PathLike[str] | Checkpoint | None
+    allow_base_mismatch: bool
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        """The checkpoint that maps live names to the deltas' names."""
+        if self.base is None or isinstance(self.base, Checkpoint):
+            return self.base or find_checkpoint(self.model)
+        return Checkpoint(os.fspath(self.base))
+
+    @cached_property
+    def where(self) -> Coordinates:
+        """Where the checkpoint holds the model's tensors."""
+        return coordinates(self.model, self.checkpoint, buffers=True)
+
+    def locate(self, delta: SparseDelta, weight: float) -> Applied:
+        """The delta in the model's coordinates, checked against the base that the model holds."""
+        live = live_tensors(self.model)
+        extras = {name: _whole(name, array) for name, array in delta.extras.items()}
+        found = Applied(
+            delta,
+            weight,
+            self._by_live_name(to_model(delta.tensors, self.where, live)),
+            self._by_live_name(to_model(extras, self.where, live)),
+        )
+        for name in found.names:
+            check_resident(name, live[name])
+        if not self.allow_base_mismatch:
+            ledger = state_of(self.model).ledger
+
+            def read(name: str, at: Array) -> Array:
+                kind = dtype(dtype_name(live[name]))
+                return ledger.base_words(name, live[name], at).view(kind.numpy)
+
+            check_live_base(
+                delta, lambda name, at: read_stored(name, at, self.where, read), self.checkpoint
+            )
+        return found
+
+    def _by_live_name(
+        self, tensors: Mapping[str, Sequence[TensorDelta]]
+    ) -> dict[str, Sequence[TensorDelta]]:
+        return {self.where.live[name]: parts for name, parts in tensors.items()}
+
+
+@dataclass(eq=False)
 class Handle:
-    """An applied delta: what the weights were before, to give it back."""
+    """Deltas applied to a model together; other handles of the model may stand beside it.
 
-    _saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    At any time the model holds what merging all applied deltas at once gives, in the order in which
+    they were applied. Methods are safe from any thread, and wait for forward passes where the model
+    has a `dk.guard`.
+    """
 
-    def write(self, parameter: torch.Tensor, indices: Array, new: torch.Tensor) -> None:
-        """Overwrite entries of a live tensor, keeping their old bits."""
-        flat = parameter.data.view(-1)
-        at = torch.from_numpy(indices).to(flat.device)
-        self._saved.append((flat, at, flat[at].clone()))
-        flat[at] = new.to(flat.device)
+    _locator: Locator
+    _applied: list[Applied] = field(default_factory=list)
+
+    @property
+    def deltas(self) -> list[SparseDelta]:
+        """What is applied by this handle, in order."""
+        return [each.delta for each in self._applied]
+
+    @property
+    def weights(self) -> list[float]:
+        """The weights of `deltas`."""
+        return [each.weight for each in self._applied]
+
+    def set_weights(self, weights: Sequence[float]) -> None:
+        """Give the deltas other weights. Raises ConfigError unless there is one for each."""
+        inputs = read_inputs(self.deltas, weights)
+        pairs = zip(self._applied, inputs, strict=True)
+        self._become([a if a.weight == i.weight else replace(a, weight=i.weight) for a, i in pairs])
+
+    def swap(self, position: int, delta: Given, weight: float | None = None) -> None:
+        """Put another delta in the place of one; the weight stays unless given."""
+        if not 0 <= position < len(self._applied):
+            raise ConfigError(
+                f"there is no delta {position} to swap: {len(self._applied)} deltas, from 0"
+            )
+        old = self._applied[position]
+        (new,) = read_inputs(delta, [old.weight if weight is None else weight])
+        with self._state.changing():
+            found = self._locator.locate(new.delta, new.weight)
+            self._become([found if each is old else each for each in self._applied])
 
     def revert(self) -> None:
-        """Restore every overwritten weight to its very bits; a second call does nothing."""
-        while self._saved:
-            flat, at, old = self._saved.pop()
-            flat[at] = old
+        """Take the deltas back; without others the base's very bits are there again.
+
+        A second call does nothing.
+        """
+        self._become([])
+
+    @property
+    def _state(self) -> State:
+        return state_of(self._locator.model)
+
+    def _become(self, mine: list[Applied]) -> None:
+        with self._state.changing():
+            switch(self._locator.model, self._applied, mine)
+            self._applied = mine
+
+
+def switch(model: torch.nn.Module, old: Sequence[Applied], new: Sequence[Applied]) -> None:
+    """Let `new` stand where `old` stood among all that is applied to a model."""
+    state = state_of(model)
+    with state.changing():
+        present = state.ledger.applied
+        start = next((n for n, a in enumerate(present) if any(a is o for o in old)), len(present))
+        others = [not any(each is o for o in old) for each in present]
+        before = [a for a, keep in zip(present[:start], others[:start], strict=True) if keep]
+        after = [a for a, keep in zip(present[start:], others[start:], strict=True) if keep]
+        applied = [*before, *new, *after]
+        changes = state.ledger.plan(live_tensors(model), applied)
+        with state.guard.writing():
+            state.ledger.commit(changes, applied)
 
 
 def apply(
     model: torch.nn.Module,
-    deltas: SparseDelta | Sequence[SparseDelta],
+    deltas: Given | Sequence[Given],
     weights: Sequence[float] | None = None,
     *,
     base: str | os.PathLike[str] | Checkpoint | None = None,
     allow_base_mismatch: bool = False,
 ) -> Handle:
-    """Add deltas to a live model in place, by the arithmetic of merging.
+    """Add deltas (or `.sdelta` files) to a live model in place, by the arithmetic of merging.
 
     base: the checkpoint the model was loaded from, found through the model by default; it maps
-    live names to the deltas' names. Extras replace the live tensors of their names. Everything is
-    checked before anything is written. Raises CoordinateError for tensors or shapes the model
-    lacks, BaseMismatchError for a delta of another base, ConfigError for weights that do not fit.
+    live names to the deltas' names. Extras replace the live tensors of their names, whatever the
+    weights. Everything is checked before anything is written. Raises CoordinateError for tensors or
+    shapes the model lacks, BaseMismatchError for a delta of another base, ConfigError for weights
+    that do not fit, DeltaError for extras and `set` entries that differ.
     """
-    several = [deltas] if isinstance(deltas, SparseDelta) else list(deltas)
-    factors = [1.0] * len(several) if weights is None else list(weights)
-    if len(factors) != len(several):
-        raise ConfigError(f"{len(factors)} weights for {len(several)} deltas")
-    checkpoint = (
-        base if base is None or isinstance(base, Checkpoint) else Checkpoint(os.fspath(base))
-    )
-    live = _by_stored_name(model, checkpoint or find_checkpoint(model))
-    for delta in several:
-        _check(delta, live, allow_base_mismatch)
-    changes = []
-    for name in sorted({n for d in several for n in d.tensors}, key=str.encode):
-        pairs = zip(factors, several, strict=True)
-        terms = [(w, d.tensors[name]) for w, d in pairs if name in d.tensors]
-        changes.append((live[name], *_new_values(live[name], terms)))
-    for name, array in ((n, a) for d in several for n, a in d.extras.items()):
-        whole = to_torch(array).reshape(-1).to(live[name].dtype)
-        changes.append((live[name], np.arange(array.size), whole))
-    handle = Handle()
-    for parameter, indices, new in changes:
-        handle.write(parameter, indices, new)
+    inputs: list[Input] = read_inputs(deltas, weights)
+    handle = Handle(Locator(model, base, allow_base_mismatch))
+    with state_of(model).changing():
+        handle._become([handle._locator.locate(each.delta, each.weight) for each in inputs])
     return handle
 
 
 @contextmanager
 def applied(
     model: torch.nn.Module,
-    deltas: SparseDelta | Sequence[SparseDelta],
+    deltas: Given | Sequence[Given],
     weights: Sequence[float] | None = None,
     *,
     base: str | os.PathLike[str] | Checkpoint | None = None,
@@ -95,67 +191,13 @@ def applied(
         handle.revert()
 
 
-def _by_stored_name(
-    model: torch.nn.Module, checkpoint: Checkpoint | None
-) -> dict[str, torch.Tensor]:
-    live = live_tensors(model)
-    names = checkpoint_names(model, checkpoint, buffers=True)
-    return {stored or name: live[name] for name, stored in names.items()}
-
-
-def _check(delta: SparseDelta, live: Mapping[str, torch.Tensor], allow_base_mismatch: bool) -> None:
-    shapes = {n: t.shape for n, t in delta.tensors.items()}
-    shapes |= {n: a.shape for n, a in delta.extras.items()}
-    for name, shape in shapes.items():
-        if name not in live:
-            raise CoordinateError(f"the model has no tensor {name!r}{nearest(name, list(live))}")
-        if tuple(live[name].shape) != shape:
-            raise CoordinateError(
-                f"tensor {name!r}: the delta has shape {list(shape)}, the model "
-                f"{list(live[name].shape)}"
-            )
-        if not live[name].data.is_contiguous():
-            raise CoordinateError(f"tensor {name!r} is not contiguous in the model")
-    if allow_base_mismatch or delta.base is None:
-        return
-    for name, tensor in delta.tensors.items():
-        recorded = delta.base.tensors.get(name)
-        found = _sample_digest(live[name], tensor)
-        if recorded is not None and found != recorded.sample:
-            raise BaseMismatchError(
-                f"tensor {name!r}: the delta belongs to another base (digest of sampled values "
-                f"{recorded.sample}, this model has {found}); allow_base_mismatch=True overrides"
-            )
-
-
-def _sample_digest(parameter: torch.Tensor, tensor: TensorDelta) -> str:
-    positions = torch.from_numpy(sample_positions(tensor.name, tensor.shape)).to(parameter.device)
-    values = to_numpy(parameter.data.view(-1)[positions])
-    return fingerprint(values.astype(dtype(tensor.trained_dtype).numpy), None).sample
-
-
-def _new_values(
-    parameter: torch.Tensor, terms: list[tuple[float, TensorDelta]]
-) -> tuple[Array, torch.Tensor]:
-    """The union of supports, and the live tensor's new values there."""
-    union = np.unique(np.concatenate([t.indices for _, t in terms]))
-    old = to_numpy(parameter.data.view(-1)[torch.from_numpy(union).to(parameter.device)])
-    kind = dtype(dtype_name(parameter))
-    if any(t.mode == "set" for _, t in terms):
-        return union, _set_values(old, union, terms)
-    parts = []
-    for weight, tensor in terms:
-        values = np.zeros(len(union), kind.compute)
-        values[np.searchsorted(union, tensor.indices)] = tensor.values
-        parts.append((weight, values))
-    return union, to_torch(add_exact(old, parts))
-
-
-def _set_values(old: Array, union: Array, terms: list[tuple[float, TensorDelta]]) -> torch.Tensor:
-    weight, tensor = terms[0]
-    if len(terms) > 1 or weight != 1.0:
-        raise ConfigError(
-            f"tensor {tensor.name!r} is in set mode: it applies alone and with weight 1"
-        )
-    new = tensor.values.view(tensor.kind.numpy).astype(old.dtype, copy=False)
-    return to_torch(new)
+def _whole(name: str, array: Array) -> TensorDelta:
+    """An extra as entries that set all of a tensor."""
+    return TensorDelta(
+        name=name,
+        shape=array.shape,
+        dtype=dtype_of(array).name,
+        mode="set",
+        indices=np.arange(array.size),
+        values=array.reshape(-1),
+    )

@@ -19,11 +19,11 @@ _COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
 _Part = tuple[torch.Tensor, torch.Tensor]  # a view of a source, the view that it was copied to
 
 
-class _Copies(TorchDispatchMode):
+class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down which views were copied into the fresh storages that operations return."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.parts: dict[int, list[_Part]] = {}
 
     def __torch_dispatch__(
@@ -77,7 +77,7 @@ def _paths(
 
 
 def _view(tensor: torch.Tensor) -> View:
-    return View(tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+    return View(int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
 
 def _storage(tensor: torch.Tensor) -> int:

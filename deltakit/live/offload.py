@@ -27,10 +27,11 @@ def resident(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.T
     for hook in _hooks(getattr(model.get_submodule(path), "_hf_hook", None)):
         held, key = getattr(hook, "weights_map", None), leaf
         while hasattr(held, "prefix"):  # a view of a larger map
-            held, key = held.dataset, f"{held.prefix}{key}"
+            held, key = getattr(held, "dataset", None), f"{held.prefix}{key}"
         held = getattr(held, "state_dict", held)  # a loader: its part in memory
-        if isinstance(held, dict) and isinstance(held.get(key), torch.Tensor):
-            return held[key]
+        found = held.get(key) if isinstance(held, dict) else None
+        if isinstance(found, torch.Tensor):
+            return found
     return tensor
 
 

@@ -6,7 +6,7 @@ live shape and its live flat indices; all other tensors are the same in both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -98,13 +98,20 @@ def stored_values(
 
     A NumPy array [n] of the live tensor's dtype.
     """
+    return read_stored(name, positions, where, lambda name, at: _gather(live[name], at))
+
+
+def read_stored(
+    name: str, positions: Array, where: Coordinates, read: Callable[[str, Array], Array]
+) -> Array:
+    """`stored_values` of a model whose tensors are read by `read`: live name, indices -> values."""
     if name not in where.by_stored:
-        return _gather(live[where.live[name]], positions)
+        return read(where.live[name], positions)
     kept, values = [], []
     for region in where.by_stored[name]:
         part, indices = region.to_live(positions)
         kept.append(part)
-        values.append(_gather(live[region.live], indices))
+        values.append(read(region.live, indices))
     return np.concatenate(values)[np.argsort(np.concatenate(kept), kind="stable")]
 
 

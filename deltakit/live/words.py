@@ -1,0 +1,94 @@
+"""Reading and writing single weights of live tensors as raw words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from deltakit.dtypes import Array
+from deltakit.errors import CoordinateError
+from deltakit.live.arrays import dtype_name
+
+_AS_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORTH_A_THREAD = 50_000  # entries; starting a thread takes as long as writing some thousands
+
+
+def flat_words(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A live tensor's raw words as a flat integer view that shares its memory.
+
+    Raises CoordinateError for a tensor that is not contiguous.
+    """
+    if not tensor.is_contiguous():
+        raise CoordinateError(f"tensor {name!r} is not contiguous in the model")
+    return tensor.data.view(-1).view(_AS_INTEGER[tensor.element_size()])
+
+
+def word_tensor(words: Array, device: torch.device) -> torch.Tensor:
+    """NumPy words [n] as a tensor of the integers of `flat_words`; on the CPU memory is shared."""
+    size = words.itemsize
+    return torch.from_numpy(words if size == 1 else words.view(f"<i{size}")).to(device)
+
+
+def read_words(name: str, tensor: torch.Tensor, indices: Array) -> Array:
+    """The raw words [n] of a live tensor at flat indices, int64 [n], as unsigned integers."""
+    flat = flat_words(name, tensor)
+    taken = flat.index_select(0, torch.from_numpy(indices).to(flat.device))
+    return taken.cpu().numpy().view(f"u{tensor.element_size()}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Words:
+    """Words [n] for flat indices, int64 [n], of one live tensor, on its device."""
+
+    name: str
+    tensor: torch.Tensor
+    dtype: torch.dtype
+    indices: torch.Tensor
+    words: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of indices and words."""
+        return self.indices.nbytes + self.words.nbytes
+
+    def write(self) -> None:
+        """Overwrite the live weights."""
+        flat_words(self.name, self.tensor).scatter_(0, self.indices, self.words)
+
+
+def make_words(name: str, tensor: torch.Tensor, indices: Array, words: Array) -> Words:
+    """NumPy indices [n] and words [n] for a live tensor, brought to its device."""
+    at = torch.from_numpy(indices).to(tensor.device)
+    return Words(name, tensor, tensor.dtype, at, word_tensor(words, tensor.device))
+
+
+def write_all(changes: Sequence[Words]) -> None:
+    """Write all changes; tensors are shared out among torch's threads where there is enough to do.
+
+    `scatter_` of a flat tensor uses one thread and waits for memory most of the time. Raises
+    CoordinateError, before anything is written, when a live tensor changed its dtype meanwhile.
+    """
+    for change in changes:
+        if change.tensor.dtype != change.dtype:
+            raise CoordinateError(
+                f"tensor {change.name!r} was {change.dtype} when its weights were read and is "
+                f"{dtype_name(change.tensor)} now; its old bits do not fit it any more"
+            )
+    entries = sum(len(change.indices) for change in changes if change.tensor.device.type == "cpu")
+    workers = min(torch.get_num_threads(), entries // _WORTH_A_THREAD, len(changes))
+    if workers < 2:
+        _write(changes)
+        return
+    shares: list[list[Words]] = [[] for _ in range(workers)]
+    for change in sorted(changes, key=lambda c: -len(c.indices)):
+        min(shares, key=lambda share: sum(len(c.indices) for c in share)).append(change)
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(_write, shares))
+
+
+def _write(changes: Sequence[Words]) -> None:
+    for change in changes:
+        change.write()
