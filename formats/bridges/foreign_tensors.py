@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from deltakit.delta import SparseDelta, TensorDelta
-from deltakit.dtypes import Array, dtype_of
+from deltakit.dtypes import Array, dtype, dtype_of
 from deltakit.errors import CoordinateError, DeltakitError, FormatError
 from deltakit.formats.bridges import torch_pickle
 from deltakit.formats.bridges.entries import in_order
@@ -87,13 +87,20 @@ def mentioned(path: Path) -> tuple[str, ...]:
 
 
 def additive(
-    name: str, shape: tuple[int, ...], indices: Array, values: Array, base: Checkpoint | None
+    name: str,
+    shape: tuple[int, ...],
+    indices: Array,
+    values: Array,
+    base: Checkpoint | None,
+    *,
+    rounded: bool = False,
 ) -> TensorDelta:
     """An `add` tensor out of foreign entries.
 
     indices: integers [nnz], flat and row-major, in any order; values: floats [nnz]. The dtype is
-    the base's, or the values' own where there is no base. Raises FormatError for entries that are
-    not such, CoordinateError for a base that lacks the tensor or has it in another shape.
+    the base's, or the values' own where there is no base. rounded: cast values to it first. Raises
+    FormatError for entries that are not such, CoordinateError for a base that lacks the tensor or
+    has it in another shape.
     """
     if base is None:
         stored = dtype_of(values).name
@@ -108,6 +115,9 @@ def additive(
     if values.dtype.kind not in "fV":  # ml_dtypes' bfloat16 is of kind V
         raise FormatError(f"tensor {name!r}: values are {values.dtype}, expected floats")
     flat, ordered = in_order(name, shape, indices, values)
+    if rounded:
+        with np.errstate(over="ignore"):  # infinite then, and refused by the delta
+            ordered = ordered.astype(dtype(stored).numpy)
     return TensorDelta(
         name=name,
         shape=shape,

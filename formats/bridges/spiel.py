@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from deltakit.delta import SparseDelta
 from deltakit.errors import FormatError
 from deltakit.formats.bridges.bridge import BRIDGES, Bridge, Options, Reading, needed
@@ -46,11 +44,9 @@ class Spiel(Bridge):
             if set(keys) != set(_MARKS):
                 raise FormatError(f"module {module!r} has {', '.join(keys)} alone")
             name = names[f"{module}.weight"]
-            shape, kind = weight_of(module, name, checkpoint)
-            with np.errstate(over="ignore"):  # infinite then, and refused by the delta
-                values = adapter.array(keys[_VALUES]).astype(kind.numpy)
-            indices = adapter.array(keys[_INDICES])
-            tensors[name] = additive(name, shape, indices, values, checkpoint)
+            shape, _ = weight_of(module, name, checkpoint)
+            indices, values = adapter.array(keys[_INDICES]), adapter.array(keys[_VALUES])
+            tensors[name] = additive(name, shape, indices, values, checkpoint, rounded=True)
         extras, notes = saved_whole(adapter, names, base)
         narrow = sorted({t.dtype for t in tensors.values()} - {"float32", "float64"})
         if narrow:
