@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from deltakit.inspection import inspect as inspect
     from deltakit.live.apply import applied as applied
     from deltakit.live.apply import apply as apply
+    from deltakit.live.bank import DeltaBank as DeltaBank
+    from deltakit.live.state import guard as guard
     from deltakit.merging.merge import merge as merge
     from deltakit.rebasing import rebase as rebase
     from deltakit.selection import ID3 as ID3
@@ -69,6 +71,7 @@ _EXPORTS = {
     "BernoulliMask": "deltakit.selection",
     "BlockMask": "deltakit.selection",
     "ColumnMask": "deltakit.selection",
+    "DeltaBank": "deltakit.live.bank",
     "DeltakitError": "deltakit.errors",
     "DropAndGrow": "deltakit.selection",
     "Fingerprint": "deltakit.delta",
@@ -96,6 +99,7 @@ _EXPORTS = {
     "find_lr": "deltakit.training.lr_search",
     "from_scipy": "deltakit.sparse_arrays",
     "from_torch": "deltakit.sparse_arrays",
+    "guard": "deltakit.live.state",
     "inspect": "deltakit.inspection",
     "intersect": "deltakit.algebra",
     "load": "deltakit.formats.sdelta",

@@ -11,9 +11,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from deltakit.chains import link_of
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.dtypes import Array, dtype, dtype_of
-from deltakit.errors import ConfigError
+from deltakit.errors import ConfigError, CoordinateError, nearest
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.live.arrays import dtype_name
 from deltakit.live.base_check import check_live_base
@@ -48,6 +49,15 @@ class Locator:
     def where(self) -> Coordinates:
         """Where the checkpoint holds the model's tensors."""
         return coordinates(self.model, self.checkpoint, buffers=True)
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise CoordinateError for a tensor of the checkpoint that the model lacks."""
+        known = set(self.where.stored)
+        for name in names:
+            if name not in known:
+                raise CoordinateError(
+                    f"the model has no tensor {name!r}{nearest(name, self.where.stored)}"
+                )
 
     def locate(self, delta: SparseDelta, weight: float) -> Applied:
         """The delta in the model's coordinates, checked against the base that the model holds."""
@@ -166,8 +176,15 @@ def apply(
     weights. Everything is checked before anything is written. Raises CoordinateError for tensors or
     shapes the model lacks, BaseMismatchError for a delta of another base, ConfigError for weights
     that do not fit, DeltaError for extras and `set` entries that differ.
+
+    A weight patch (see `deltakit.live.patches`), or consecutive ones, moves the base itself on,
+    where it is the next of its chain; see `deltakit.live.following.follow`.
     """
     inputs: list[Input] = read_inputs(deltas, weights)
+    if any(link_of(each.delta) for each in inputs):
+        from deltakit.live.following import follow  # builds on this module
+
+        return follow(Locator(model, base, allow_base_mismatch), inputs)
     handle = Handle(Locator(model, base, allow_base_mismatch))
     with state_of(model).changing():
         handle._become([handle._locator.locate(each.delta, each.weight) for each in inputs])

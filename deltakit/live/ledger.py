@@ -85,7 +85,13 @@ class Ledger:
         kept = [each for each in self.applied if any(each is other for other in applied)]
         moved = [each for each in (*self.applied, *applied) if not any(each is k for k in kept)]
         touched = dict.fromkeys(name for each in moved for name in each.names)
-        return [self._change(name, _find(name, live), applied) for name in touched]
+        return [
+            self._change(name, _find(name, live), applied, self.saved.get(name)) for name in touched
+        ]
+
+    def alone(self, live: Mapping[str, torch.Tensor], applied: Applied) -> list[Change]:
+        """What must be written onto the base for `applied` to be all that is applied."""
+        return [self._change(n, _find(n, live), [applied], None) for n in applied.names]
 
     def commit(self, changes: Sequence[Change], applied: Sequence[Applied]) -> None:
         """Write a plan."""
@@ -97,10 +103,12 @@ class Ledger:
                 self.saved.pop(change.name, None)
         self.applied = list(applied)
 
-    def _change(self, name: str, tensor: torch.Tensor, applied: Sequence[Applied]) -> Change:
+    def _change(
+        self, name: str, tensor: torch.Tensor, applied: Sequence[Applied], old: Bits | None
+    ) -> Change:
+        """The new words of one tensor, and of the entries `old` that need their base's back."""
         parts = [part for each in applied for part in each.contributions(name)]
         support = _union([part.delta.indices for part in parts])
-        old = self.saved.get(name)
         at = support if old is None else _union([support, old.indices])
         base = self.base_words(name, tensor, at)
         own = np.searchsorted(at, support) if len(at) > len(support) else slice(None)
