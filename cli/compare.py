@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deltakit.cli.options import PATH, force_option, json_option, note, print_json, table
+from deltakit.cli.options import (
+    PATH,
+    SOURCE,
+    Source,
+    force_option,
+    json_option,
+    note,
+    print_json,
+    table,
+)
 from deltakit.formats.atomic import refuse_existing
 
 if TYPE_CHECKING:
@@ -18,7 +27,7 @@ _HEADS = ["shared", "by chance", "Jaccard", "of 1st", "of 2nd", "conflicts", "sh
 
 
 @click.command()
-@click.argument("deltas", type=PATH, nargs=-1, required=True, metavar="DELTA DELTA...")
+@click.argument("deltas", type=SOURCE, nargs=-1, required=True, metavar="DELTA DELTA...")
 @click.option(
     "--by",
     type=click.Choice(["kind", "block", "tensor"]),
@@ -28,7 +37,7 @@ _HEADS = ["shared", "by chance", "Jaccard", "of 1st", "of 2nd", "conflicts", "sh
 @force_option
 @json_option
 def command(
-    deltas: tuple[Path, ...], by: str | None, plot: Path | None, force: bool, as_json: bool
+    deltas: tuple[Source, ...], by: str | None, plot: Path | None, force: bool, as_json: bool
 ) -> None:
     """Tell how deltas overlap and disagree.
 

@@ -9,7 +9,8 @@ import click
 from deltakit.budget import format_bytes
 from deltakit.cli.options import (
     BUDGET,
-    PATH,
+    SOURCE,
+    Source,
     count,
     force_option,
     json_option,
@@ -22,8 +23,8 @@ from deltakit.formats.atomic import refuse_existing
 
 
 @click.command()
-@click.argument("base", type=PATH)
-@click.argument("tuned", type=PATH)
+@click.argument("base", type=SOURCE)
+@click.argument("tuned", type=SOURCE)
 @output_option("The .sdelta file to write.", required=True)
 @click.option(
     "--mode",
@@ -56,8 +57,8 @@ from deltakit.formats.atomic import refuse_existing
 @force_option
 @json_option
 def command(
-    base: Path,
-    tuned: Path,
+    base: Source,
+    tuned: Source,
     output: Path,
     mode: str,
     budget: int | str | None,

@@ -66,7 +66,9 @@ def _base(base: BaseIdentity | None) -> str:
     return ", ".join(parts)
 
 
-def _changes_line(changes: Changes) -> str:
+def _changes_line(changes: Changes | None) -> str:
+    if changes is None:
+        return "not read, as the values are on the Hub"
     parts = []
     if changes.known:
         parts.append(
@@ -120,8 +122,10 @@ def _tensors(found: Inspection) -> str:
     heads = ["tensor", "shape", "dtype", "mode", "entries", "density", "coding", "bits/index"]
     rows = [[*heads, *_CHANGE_HEADS, "steps"]]
     for tensor in found.tensors:
-        changes = found.changes[tensor.name]
-        steps = "" if changes.first_step is None else f"{changes.first_step}-{changes.last_step}"
+        changes = found.changes_in([tensor])
+        steps = ""
+        if changes is not None and changes.first_step is not None:
+            steps = f"{changes.first_step}-{changes.last_step}"
         rows.append(
             [
                 tensor.name,
@@ -157,8 +161,8 @@ def _fact(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _change_cells(changes: Changes) -> list[str]:
-    if not changes.known:
+def _change_cells(changes: Changes | None) -> list[str]:
+    if changes is None or not changes.known:
         return ["-", "-", "-"]
     return [f"{size:.3g}" for size in (changes.least, changes.mean, changes.most)]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -91,9 +93,28 @@ class LazyGroup(click.Group):
         if os.environ.get("NO_COLOR"):
             ctx.color = False
         _stop_by_exception()
-        if os.environ.get("DELTAKIT_DEBUG"):
-            return super().invoke(ctx)
-        return _explained(ctx, lambda: super(LazyGroup, self).invoke(ctx))
+        with _logged_as_notes():
+            if os.environ.get("DELTAKIT_DEBUG"):
+                return super().invoke(ctx)
+            return _explained(ctx, lambda: super(LazyGroup, self).invoke(ctx))
+
+
+class _Notes(logging.Handler):
+    """Shows what the library logs as notes, which -q keeps back."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line on stderr."""
+        note(f"Note: {record.getMessage()}")
+
+
+@contextmanager
+def _logged_as_notes() -> Iterator[None]:
+    handler, logger = _Notes(), logging.getLogger("deltakit")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _explained(ctx: click.Context, run: Callable[[], T]) -> T:

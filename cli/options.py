@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -13,11 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from deltakit.budget import parse_budget
-from deltakit.errors import BudgetError
+from deltakit.errors import BudgetError, ConfigError
+from deltakit.hub.location import Location, is_location
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-PATH = click.Path(path_type=Path)
+Source = Path | str  # a local path, or an hf:// location as text, as pathlib would break that
 
 
 if TYPE_CHECKING:
@@ -57,6 +58,34 @@ class Listed(ParamType):
         return tuple(self.item.convert(item, param, ctx) for item in items)
 
 
+class LocalPath(click.Path):
+    """A path on this machine; a location on the Hub is wrong usage."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does it."""
+        if is_location(value):
+            self.fail(f"{value} is on the Hub, and a local path is needed here", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class SourcePath(LocalPath):
+    """A path on this machine or `hf://owner/repo[@revision][/file]`, which stays text."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse what is meant to be a location and is none as wrong usage."""
+        if not is_location(value):
+            return super().convert(value, param, ctx)
+        try:
+            return str(Location.parse(value))
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
+PATH = LocalPath()
+SOURCE = SourcePath()
 BUDGET = Budget()
 BUDGETS = Listed(BUDGET)
 NUMBERS = Listed(click.FLOAT)
@@ -65,6 +94,18 @@ NUMBERS = Listed(click.FLOAT)
 def _set_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
         ctx.find_root().meta["deltakit.quiet"] = True
+        _no_download_bars()
+
+
+def _set_json(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    if value:
+        _no_download_bars()
+    return value
+
+
+def _no_download_bars() -> None:
+    """Tell huggingface_hub, which is imported later and only for what is on the Hub."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 quiet_option = click.option(
@@ -75,7 +116,9 @@ quiet_option = click.option(
     callback=_set_quiet,
     help="No notes and no progress on stderr.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, callback=_set_json, help="Print JSON and nothing else."
+)
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 mismatch_option = click.option(
     "--allow-base-mismatch",
@@ -151,6 +194,14 @@ def progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task(label, total=None)
+
+    def advance(done: int, total: int) -> None:
+        bar.start()  # not before: what is on the Hub is downloaded first, under a bar of its own
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()

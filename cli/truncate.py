@@ -9,7 +9,8 @@ import click
 from deltakit.budget import format_bytes
 from deltakit.cli.options import (
     BUDGET,
-    PATH,
+    SOURCE,
+    Source,
     force_option,
     json_option,
     note,
@@ -21,7 +22,7 @@ from deltakit.formats.atomic import refuse_existing
 
 
 @click.command()
-@click.argument("delta", type=PATH)
+@click.argument("delta", type=SOURCE)
 @click.option(
     "-b",
     "--budget",
@@ -37,15 +38,15 @@ from deltakit.formats.atomic import refuse_existing
     show_default=True,
     help="Keep the largest changes, or those unmasked first (nested budgets).",
 )
-@click.option("--base", type=PATH, help="The base, for deltas that do not carry base values.")
+@click.option("--base", type=SOURCE, help="The base, for deltas that do not carry base values.")
 @output_option("Where to write; by default DELTA's name with the number of entries, beside it.")
 @force_option
 @json_option
 def command(
-    delta: Path,
+    delta: Source,
     budget: int | str,
     by: str,
-    base: Path | None,
+    base: Source | None,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -61,15 +62,18 @@ def command(
       deltakit truncate delta.sdelta --budget 0.1% --by order -o small.sdelta
     """
     from deltakit.formats.sdelta import load, save
+    from deltakit.hub.locate import local_delta, named_after
     from deltakit.truncation import truncate
 
+    file = local_delta(delta)
     if output is not None:
-        _check_output(output, delta, force)
-    whole = load(delta)
+        _check_output(output, file, force)
+    whole = load(file)
     small = truncate(whole, budget, "order" if by == "order" else "magnitude", base)
-    target = output or delta.with_name(f"{delta.stem}-{small.nnz}.sdelta")
-    _check_output(target, delta, force)
-    save(small, target, values=_stored_as(delta))
+    named = named_after(delta, ".sdelta")
+    target = output or named.with_name(f"{named.stem}-{small.nnz}.sdelta")
+    _check_output(target, file, force)
+    save(small, target, values=_stored_as(file))
     size = target.stat().st_size
     if as_json:
         print_json({"output": target, "entries": small.nnz, "of": whole.nnz, "bytes": size})

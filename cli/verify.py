@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from deltakit.cli.options import PATH, json_option, note, print_json, printable
+from deltakit.cli.options import SOURCE, Source, json_option, note, print_json, printable
 
 
 @click.command()
-@click.argument("delta", type=PATH)
-@click.option("--base", type=PATH, help="A checkpoint that must be the delta's base.")
+@click.argument("delta", type=SOURCE)
+@click.option("--base", type=SOURCE, help="A checkpoint that must be the delta's base.")
 @json_option
-def command(delta: Path, base: Path | None, as_json: bool) -> None:
+def command(delta: Source, base: Source | None, as_json: bool) -> None:
     """Check a delta's bytes, and its base if given.
 
     Reads the whole file against its digests and the rules of the format. With --base, names,

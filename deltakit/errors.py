@@ -73,6 +73,22 @@ class OutputError(DeltakitError, OSError):
     """An output cannot be written: the disk is full, the folder is read-only."""
 
 
+class HubError(DeltakitError, OSError):
+    """The Hugging Face Hub does not give what was asked for."""
+
+
+class HubNotFoundError(HubError, MissingFileError):
+    """A repository, revision or file is not on the Hub, or not for this user."""
+
+
+class HubAccessError(HubError, PermissionError):
+    """The Hub wants another token, or the repository's owner to be asked first."""
+
+
+class HubUnavailableError(HubError, ConnectionError):
+    """The Hub is away, busy or not to be asked; the same command may work later."""
+
+
 def nearest(name: str, known: Sequence[str], count: int = 3) -> str:
     """`"; nearest: a, b"` for an unknown name, or `""` when nothing is near."""
     from difflib import get_close_matches

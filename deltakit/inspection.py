@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -13,33 +13,55 @@ from typing import Any
 from deltakit.changes import Changes
 from deltakit.entropy import support_bits
 from deltakit.formats.header import VERSION, SdeltaHeader, TensorRecord
-from deltakit.formats.sdelta import SdeltaFile
+from deltakit.formats.safetensors_header import header_size
+from deltakit.formats.sdelta import SdeltaFile, parse_header
 from deltakit.groups import Group, by_block, by_kind
+from deltakit.hub.location import Location, is_location
 
+PREFIX = 2**16  # bytes of a remote file asked for at first; most headers are smaller
 COO_ENTRY_BYTES = 12  # a flat int64 index and a float32 value
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
     """Look at a `.sdelta` file without reading more than its header.
 
-    Raises MissingFileError for a path that does not exist and FormatError for a file that is no
-    whole, sound `.sdelta`.
+    Of `hf://owner/repo[@revision][/file]` only the header is downloaded, by range requests, unless
+    the file is in the cache. Raises MissingFileError for a path that does not exist, HubError for
+    one that cannot be had, and FormatError for a file that is no whole, sound `.sdelta`.
     """
+    if is_location(path):
+        return _on_the_hub(Location.parse(path))
     with SdeltaFile(path) as file:
         return Inspection(path=Path(path), file_bytes=file.size, header=file.header)
+
+
+def _on_the_hub(location: Location) -> Inspection:
+    from deltakit.hub.remote_delta import RemoteDelta
+
+    delta = RemoteDelta.at(location)
+    if delta.is_cached:
+        return replace(inspect(delta.file), path=delta.location)
+    prefix = delta.read(0, PREFIX)
+    where = str(delta.location)
+    length = header_size(prefix, delta.size, where)
+    prefix += delta.read(len(prefix), length) if length > len(prefix) else b""
+    header, _ = parse_header(prefix, delta.size, where)
+    return Inspection(path=delta.location, file_bytes=delta.size, header=header, remote=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
     """What `inspect` found. All of it comes from the header, except `changes`.
 
-    file_bytes: size of the file. header: what the file says about its tensors and extras, its base,
-    the changes of configuration and its provenance.
+    path: of a file, or its location at the very commit. file_bytes: size of the file. header: what
+    the file says about its tensors and extras, its base, the changes of configuration and its
+    provenance. remote: whether no more of it than the header is on this machine.
     """
 
-    path: Path
+    path: Path | Location
     file_bytes: int
     header: SdeltaHeader
+    remote: bool = False
 
     @property
     def tensors(self) -> list[TensorRecord]:
@@ -103,16 +125,19 @@ class Inspection:
 
     @cached_property
     def changes(self) -> Mapping[str, Changes]:
-        """Statistics of |change| per tensor; the first use reads and checks the sparse tensors."""
-        with SdeltaFile(self.path) as file:
+        """Statistics of |change| per tensor; the first use reads and checks the sparse tensors, and
+        so downloads a file that is on the Hub."""
+        with SdeltaFile(self.path if isinstance(self.path, Path) else str(self.path)) as file:
             return {t.name: Changes.of(file.tensor(t.name)) for t in self.tensors}
 
-    def changes_in(self, tensors: Iterable[TensorRecord]) -> Changes:
-        """Statistics of |change| over some of the tensors together."""
+    def changes_in(self, tensors: Iterable[TensorRecord]) -> Changes | None:
+        """Statistics of |change| over some of the tensors together; None for a remote file."""
+        if self.remote:
+            return None
         return Changes.combined(self.changes[t.name] for t in tensors)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values, statistics of the changes included."""
+        """Everything as plain JSON values; statistics of the changes are null for a remote file."""
         header = self.header
         return {
             "path": str(self.path),
@@ -129,7 +154,7 @@ class Inspection:
             },
             "bits_per_index": ratio(8 * self.parts["indices"], self.entries),
             "entropy_bits_per_index": ratio(8 * self.entropy_bytes, self.entries),
-            "changes": self.changes_in(self.tensors).as_dict(),
+            "changes": self._changes(self.tensors),
             "blocks": [self._group(group) for group in self.blocks],
             "kinds": [self._group(group) for group in self.kinds],
             "tensors": [self._tensor(tensor) for tensor in self.tensors],
@@ -145,8 +170,12 @@ class Inspection:
             "tensors": len(group.tensors),
             "entries": group.entries,
             "density": group.density,
-            "changes": self.changes_in(group.tensors).as_dict(),
+            "changes": self._changes(group.tensors),
         }
+
+    def _changes(self, tensors: Iterable[TensorRecord]) -> dict[str, Any] | None:
+        found = self.changes_in(tensors)
+        return None if found is None else found.as_dict()
 
     def _tensor(self, tensor: TensorRecord) -> dict[str, Any]:
         return {
@@ -163,7 +192,7 @@ class Inspection:
             "bytes": tensor.nbytes,
             "bits_per_index": ratio(8 * tensor.index_bytes, tensor.nnz),
             "entropy_bits_per_index": ratio(support_bits(tensor.numel, tensor.nnz), tensor.nnz),
-            "changes": self.changes[tensor.name].as_dict(),
+            "changes": self._changes([tensor]),
         }
 
 

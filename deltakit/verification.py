@@ -11,6 +11,7 @@ from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.errors import DeltakitError, MissingFileError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import SdeltaFile
+from deltakit.hub.locate import local_delta
 from deltakit.identity import NO_BASE, check_base
 
 
@@ -47,8 +48,9 @@ def verify(delta_path: str | Path, base: str | Path | Checkpoint | None = None) 
     problems: list[str] = []
     notes: list[str] = []
     tensors = extras = entries = 0
+    path = local_delta(delta_path)
     try:
-        opened = SdeltaFile(delta_path)
+        opened = SdeltaFile(path)
     except MissingFileError:
         raise
     except DeltakitError as error:

@@ -13,20 +13,24 @@ from deltakit.errors import CoordinateError, FormatError, nearest
 from deltakit.formats.checkpoint_files import locate
 from deltakit.formats.safetensors_file import SafetensorsFile, TensorInfo
 from deltakit.formats.undo_folder import refuse_unfinished, undo_folder
+from deltakit.hub.locate import local_base, named_after
 
 
 class Checkpoint:
     """All tensors of a checkpoint, by name.
 
     path: a .safetensors file, an index file, or a directory (see
-    `deltakit.formats.checkpoint_files`). model_id and revision: where it was published, if known.
+    `deltakit.formats.checkpoint_files`), or `hf://owner/repo[@revision][/file]`, which is downloaded
+    into the cache. model_id and revision: where it was published, if known; of a location they are
+    its repository and commit.
     unfinished: open it also where a merge into its files was interrupted.
 
     `tensors` maps names to TensorInfo in bytewise order; `files` are the weight files and `index`
     the index file, or None; `directory` is None for a lone file; `journal` is the place of the
-    folder that tells of merges into these files; `notes` says what was found but not used.
+    folder that tells of merges into these files; `named_after` is what outputs made of it stand
+    beside and are named after; `notes` says what was found but not used.
     Everything about the files is checked here: headers, sizes, and that index and shards agree.
-    Raises MissingFileError, FormatError, and JournalError for a merge that has not ended.
+    Raises MissingFileError, HubError, FormatError, and JournalError for a merge that has not ended.
     """
 
     def __init__(
@@ -37,14 +41,17 @@ class Checkpoint:
         revision: str | None = None,
         unfinished: bool = False,
     ) -> None:
-        self.path = Path(path)
-        self.model_id = model_id
-        self.revision = revision
-        located = locate(path)
+        found = local_base(path)
+        self.path = found.path
+        self.model_id = model_id or found.model_id
+        self.revision = revision or found.revision
+        located = locate(path if found.model_id is None else found.path)
         if not unfinished:
             refuse_unfinished(located)
         self.journal = undo_folder(located)
         self.directory = located.directory
+        is_local = found.model_id is None
+        self.named_after = (self.directory or self.path) if is_local else named_after(path)
         self.files = located.files
         self.index = located.index
         self.notes: list[str] = []

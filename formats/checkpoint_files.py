@@ -13,7 +13,7 @@ from deltakit.formats import strict_json
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_INDEX = 100_000_000  # bytes, as for a header
-_HUB_ID = re.compile(r"(hf://.+|[\w.-]+/[\w.-]+)")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,8 @@ def locate(path: str | Path) -> Located:
 
 
 def _missing(path: str) -> str:
-    if path.startswith("hf://"):
-        return f"{path} must be downloaded first; give the path of the local folder"
     if _HUB_ID.fullmatch(path) and not path.startswith((".", "/")):
-        return (
-            f"{path} does not exist; if it is a model on the Hub, download it first "
-            f"(hf download {path} --local-dir DIR) and give the folder"
-        )
+        return f"{path} does not exist; if it is a model on the Hub, write hf://{path}"
     return f"{path} does not exist"
 
 

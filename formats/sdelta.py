@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from deltakit.delta import SparseDelta
 from deltakit.errors import MissingFileError
@@ -19,6 +18,7 @@ from deltakit.formats.atomic import replacing
 from deltakit.formats.header import ExtraRecord, SdeltaHeader, TensorRecord
 from deltakit.formats.sdelta_file import MAGIC, SdeltaFile, open_binary, parse_header
 from deltakit.formats.sdelta_writer import pieces
+from deltakit.hub.locate import local_delta
 
 __all__ = [
     "ExtraRecord",
@@ -70,7 +70,8 @@ def encode(
 def load(path: str | os.PathLike[str]) -> SparseDelta:
     """Read a whole `.sdelta` file, every byte of it checked.
 
-    Raises MissingFileError when it cannot be opened and FormatError (also UnsupportedVersionError,
+    path: of a file, or `hf://owner/repo[@revision][/file]`, which is downloaded into the cache.
+    Raises MissingFileError when it cannot be opened, HubError when it cannot be downloaded, and FormatError (also UnsupportedVersionError,
     ChecksumError) when it is not exactly what the format demands.
     """
     with SdeltaFile(path) as file:
@@ -89,7 +90,7 @@ def is_sdelta(path: str | os.PathLike[str]) -> bool:
     False for folders and for files that are not there.
     """
     try:
-        with open_binary(Path(path)) as file:
+        with open_binary(local_delta(path)) as file:
             return file.read(8 + len(MAGIC))[8:] == MAGIC
     except MissingFileError:
         return False

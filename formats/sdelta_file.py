@@ -25,6 +25,7 @@ from deltakit.formats.coding import Place
 from deltakit.formats.header import ExtraRecord, SdeltaHeader, TensorRecord, extents, layout
 from deltakit.formats.sdelta_writer import METADATA_KEY
 from deltakit.formats.values import decode_order, decode_values
+from deltakit.hub.locate import local_delta
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,13 +54,14 @@ def parse_header(prefix: bytes, file_size: int, where: str) -> tuple[SdeltaHeade
 class SdeltaFile:
     """An `.sdelta` file, opened for reading; a context manager.
 
+    path: of a file, or `hf://owner/repo[@revision][/file]`, which is downloaded into the cache.
     Opening reads and checks the header alone. `tensor` and `extra` read and check the bytes of
-    that one and no others. Raises MissingFileError when the file cannot be opened and FormatError
-    when it is not valid.
+    that one and no others. Raises MissingFileError when the file cannot be opened, HubError when
+    it cannot be downloaded and FormatError when it is not valid.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = local_delta(path)
         self._file = open_binary(self.path)
         try:
             self.size = self._file.seek(0, os.SEEK_END)

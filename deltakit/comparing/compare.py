@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from deltakit.dtypes import Array
 from deltakit.errors import ConfigError
 from deltakit.formats.sdelta import SdeltaFile
 from deltakit.groups import block_of, kind_of, natural_order
+from deltakit.hub.locate import label_of
 
 Given = SparseDelta | str | os.PathLike[str]
 COLLISION = 0.1  # share of the smaller delta's entries moved the opposite way that is worth a word
@@ -181,7 +181,7 @@ def compare(deltas: Sequence[Given]) -> Comparison:
                     found[one, other][name] = overlap_of(held[one], held[other])
         told = [
             Compared(
-                label=f"delta {at}" if isinstance(given, SparseDelta) else str(Path(given)),
+                label=f"delta {at}" if isinstance(given, SparseDelta) else label_of(given),
                 entries=sum(tensor.nnz for tensor in side.tensors.values()),
                 tensors=len(side.tensors),
             )

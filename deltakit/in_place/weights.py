@@ -17,6 +17,7 @@ from deltakit.errors import JournalError, MissingFileError, OutputError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.checkpoint_files import locate
 from deltakit.formats.locks import try_lock
+from deltakit.hub.locate import refuse_location
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,6 +36,7 @@ class OpenWeights:
     """
 
     def __init__(self, model: str | Path) -> None:
+        refuse_location(model)
         with ExitStack() as stack:
             self._files: dict[Path, BinaryIO] = {}
             for path in locate(model).files:

@@ -13,6 +13,7 @@ from deltakit.delta import SparseDelta
 from deltakit.dtypes import Array
 from deltakit.errors import ConfigError, DeltaError
 from deltakit.formats.sdelta import load
+from deltakit.hub.locate import named_after
 from deltakit.merging.arithmetic import Contribution
 
 Given = SparseDelta | str | os.PathLike[str]
@@ -51,7 +52,7 @@ def read_inputs(
         if isinstance(item, SparseDelta):
             inputs.append(Input(f"delta {number}", None, item, factor))
         else:
-            inputs.append(Input(str(item), Path(item), load(item), factor))
+            inputs.append(Input(str(item), named_after(item, ".sdelta"), load(item), factor))
     return inputs
 
 
@@ -70,7 +71,7 @@ def chosen_head(inputs: Sequence[Input], head: int | str | Path | None) -> int |
     if head is None:
         return None
     for number, each in enumerate(inputs):
-        if each.path is not None and not isinstance(head, int) and each.path == Path(head):
+        if each.path is not None and not isinstance(head, int) and Path(each.label) == Path(head):
             return number
     if str(head).lstrip("-").isdecimal():
         if 0 <= int(str(head)) < len(inputs):

@@ -16,6 +16,7 @@ from deltakit.combine.weights import Weight
 from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import is_sdelta
+from deltakit.hub.location import is_location
 from deltakit.in_place.journal_record import merged_before
 from deltakit.in_place.recovery import settle_base
 from deltakit.merging.carry import carried_files, merged_config
@@ -108,7 +109,7 @@ def merge(
     settled: list[str] = []
     if not isinstance(base, Checkpoint):
         refuse_delta(base)
-        settled = [] if dry_run else settle_base(Path(base))
+        settled = [] if dry_run or is_location(base) else settle_base(Path(base))
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint(base)
     settled += _carried(checkpoint)
     numbers = None if weights is None else [w for w in weights if not isinstance(w, Mapping)]

@@ -81,9 +81,9 @@ def _is_replaceable(folder: Path) -> bool:
 def _default(base: Checkpoint, delta_paths: Sequence[Path], many: bool) -> Output:
     second = "merged" if many or not delta_paths else delta_paths[0].stem
     if base.directory is None:
-        parent = delta_paths[0].parent if delta_paths else base.path.parent
-        return Output(parent / f"{base.path.stem}-{second}{SUFFIX}", is_folder=False)
-    folder = base.directory.resolve()
+        parent = delta_paths[0].parent if delta_paths else base.named_after.parent
+        return Output(parent / f"{base.named_after.stem}-{second}{SUFFIX}", is_folder=False)
+    folder = base.named_after.resolve()
     parent = delta_paths[0].parent if delta_paths else folder.parent
     if parent.resolve() == folder or folder in parent.resolve().parents:
         parent = folder.parent

@@ -2,63 +2,73 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import snapshot_download
 
 from deltakit.errors import ConfigError, MissingFileError
+from deltakit.hub.locate import base_at, description_at
+from deltakit.hub.location import Location, is_location
 from deltakit.training.images import ImageScaling
 from deltakit.training.readers import first_line
 from deltakit.training.task import Head, Problem
 
-_DESCRIPTION = ["*.json", "*.txt", "*.model", "*.jinja"]
-_WEIGHTS = [*_DESCRIPTION, "*.safetensors"]
+_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")  # some old models have no owner
 
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A base on this machine: its folder, and the Hub id and commit it came from, if any."""
+    """A base on this machine: its folder, and the Hub id and commit it came from, if any.
+
+    location: of its folder on the Hub at that commit.
+    """
 
     folder: Path
-    model_id: str | None
-    revision: str | None
+    model_id: str | None = None
+    revision: str | None = None
+    location: Location | None = None
 
 
 def locate(model: str, revision: str | None = None) -> Located:
-    """The local folder of a model; of a Hub id, all but the weights is downloaded.
+    """The local folder of a model; of a Hub id or location, all but the weights is downloaded.
 
-    Raises MissingFileError for a path that is no folder and for an id that cannot be had.
+    model: a folder, "owner/name", or `hf://owner/name[@revision][/folder]`. Raises MissingFileError
+    for a path that is no folder, ConfigError for two revisions and HubError for what cannot be had.
     """
     path = Path(model)
     if path.is_dir():
-        return Located(path, None, None)
+        return Located(path)
     if path.exists() or model.startswith((".", "/", "~")):
         raise MissingFileError(
             f"model {model}: expected a folder with config.json and safetensors files"
         )
-    folder = _download(model, revision, _DESCRIPTION)
-    return Located(folder, model, folder.name)
+    location = _location(model, revision)
+    found = description_at(location)
+    pinned = replace(location, revision=found.revision)
+    return Located(found.path, found.model_id, found.revision, pinned)
 
 
 def with_weights(located: Located) -> Located:
     """The same model with its weights on this machine, downloaded where they are not."""
-    if located.model_id is not None:
-        _download(located.model_id, located.revision, _WEIGHTS)
+    if located.location is not None:
+        base_at(located.location)
     return located
 
 
-def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
+def _location(model: str, revision: str | None) -> Location:
+    if not is_location(model) and not _ID.fullmatch(model):
         raise MissingFileError(
-            f"model {model!r} is neither a local folder nor a Hub id that can be had: "
-            f"{first_line(error)}"
-        ) from None
+            f"model {model!r} is neither a local folder nor on the Hub, as owner/name or "
+            "hf://owner/name[@revision][/folder]"
+        )
+    location = Location.parse(model) if is_location(model) else Location(model)
+    if None not in (revision, location.revision) and revision != location.revision:
+        raise ConfigError(f"model {model} names a revision, and the setting revision is {revision}")
+    return replace(location, revision=location.revision or revision)
 
 
 def load_config(located: Located) -> Any:

@@ -1,0 +1,119 @@
+"""Which files of a repository are meant: the delta, or the weights of a base and what describes them.
+
+Weights are safetensors only, and no more of them than `deltakit.formats.checkpoint_files` would
+read; pickles are never downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+from deltakit.errors import ConfigError, FormatError
+from deltakit.hub.listing import Listing
+
+DELTA = ".sdelta"
+WEIGHTS = ".safetensors"
+INDEX = ".safetensors.index.json"
+_DESCRIPTION = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, generation
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def delta_file(listing: Listing) -> str:
+    """The path of the delta: the file named, `delta.sdelta`, or the only .sdelta file there.
+
+    Raises ConfigError, which lists the deltas, where it is not clear which is meant, and HubError
+    where there is none.
+    """
+    if listing.holds_file():
+        return listing.location.path
+    found = [name for name in listing.below() if name.endswith(DELTA)]
+    usual = _join(listing.location.path, f"delta{DELTA}")
+    if usual in found:
+        return usual
+    if not found:
+        raise listing.lack(f"no {DELTA} file{_below(listing)}")
+    if len(found) > 1:
+        raise _which(listing, found)
+    return found[0]
+
+
+def is_delta(listing: Listing) -> bool:
+    """Whether a delta stands there and no base; ConfigError where there are both."""
+    if listing.holds_file():
+        return listing.location.path.endswith(DELTA)
+    names = listing.below()
+    deltas = [name for name in names if name.endswith(DELTA)]
+    weights = [name for name in names if name.endswith(WEIGHTS)]
+    if deltas and weights:
+        raise _which(listing, [*deltas, *weights])
+    return bool(deltas)
+
+
+def description_files(listing: Listing) -> list[str]:
+    """Configuration, tokenizer and the like, below the location's folder."""
+    return [name for name in listing.below() if name.endswith(_DESCRIPTION)]
+
+
+def weight_files(listing: Listing, read: Callable[[str], bytes]) -> list[str]:
+    """The weight files, with their index if there is one.
+
+    read: downloads a file and gives its bytes. Raises ConfigError, FormatError and HubError where
+    there are none or where it is not clear which are meant.
+    """
+    path = listing.location.path
+    if listing.holds_file() and not path.endswith((WEIGHTS, INDEX)):
+        raise ConfigError(
+            f"{listing.location}: a base is a {WEIGHTS} file, an index or a folder with either"
+        )
+    chosen = path if listing.holds_file() else _chosen(listing)
+    if not chosen.endswith(INDEX):
+        return [chosen]
+    folder = chosen.rpartition("/")[0]
+    try:
+        names = set(json.loads(read(chosen))["weight_map"].values())
+        shards = [_join(folder, name) for name in sorted(names, key=str.encode)]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FormatError(f"{listing.pinned(chosen)} is no index of weight files") from None
+    for shard in shards:
+        if shard not in listing.files:
+            raise listing.lack(f"no {shard}, which {chosen} names")
+    return [chosen, *shards]
+
+
+def _chosen(listing: Listing) -> str:
+    """As for a local folder: model.safetensors, its index, the only index, the only file."""
+    folder = listing.location.path
+    under = f"{folder}/" if folder else ""
+    names = [name for name in listing.below() if "/" not in name[len(under) :]]
+    for usual in (f"model{WEIGHTS}", f"model{INDEX}"):
+        if under + usual in names:
+            return under + usual
+    for suffix in (INDEX, WEIGHTS):
+        found = [name for name in names if name.endswith(suffix)]
+        if len(found) > 1:
+            raise _which(listing, found)
+        if found:
+            return found[0]
+    if any(name.endswith(_PICKLES) for name in names):
+        raise listing.lack(
+            f"no {WEIGHTS} file{_below(listing)}, only pickles, which deltakit never reads; convert "
+            "it to safetensors first (model.save_pretrained(DIR) of transformers does)"
+        )
+    delta = "; it holds a delta" if any(name.endswith(DELTA) for name in names) else ""
+    raise listing.lack(f"no {WEIGHTS} file{_below(listing)}{delta}")
+
+
+def _which(listing: Listing, found: list[str]) -> ConfigError:
+    named = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
+    one = replace(listing.location, path=found[0])
+    return ConfigError(f"{listing.location} holds {named}; name one, such as {one}")
+
+
+def _below(listing: Listing) -> str:
+    return f" in {listing.location.path}" if listing.location.path else ""
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
