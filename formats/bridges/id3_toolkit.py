@@ -194,8 +194,8 @@ def _entries(
 def _fitted(tensor: TensorDelta, base: Checkpoint) -> tuple[TensorDelta, bool]:
     """The entries in the base's dtype, and whether they keep the trained bits.
 
-    Weights trained in a wider dtype become differences, which keep the trained bits, if adding
-    those to the base gives them back.
+    Weights trained in a dtype that the base's does not contain become differences, if adding those
+    to the base, cast to that dtype, gives the trained bits back.
     """
     info = base.info(tensor.name)
     before = base.gather(tensor.name, tensor.indices)
@@ -207,7 +207,7 @@ def _fitted(tensor: TensorDelta, base: Checkpoint) -> tuple[TensorDelta, bool]:
             return replace(tensor, values=values, base_values=before, **kept), True
         wide = before.view(info.kind.numpy).astype(trained.dtype).view(tensor.kind.words)
     change = proven_differences(wide, tensor.values, tensor.kind)
-    if change is not None and info.kind.is_floating:
+    if change is not None and info.kind.compute == change.dtype:
         return replace(tensor, dtype=info.dtype, mode="add", values=change), True
     plain = {"dtype": info.dtype, "trained_dtype": info.dtype}
     return replace(tensor, values=values, base_values=before, **plain), False
