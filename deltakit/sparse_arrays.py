@@ -7,7 +7,7 @@ vLLM's patches hold new weights, so an `add` tensor needs the base.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,8 +18,9 @@ from deltakit.differences import changes_of
 from deltakit.dtypes import Array, dtype
 from deltakit.errors import BaseMismatchError, ConfigError, DeltaError
 from deltakit.formats.bridges.bridge import needed
+from deltakit.formats.bridges.coo_safetensors import typed_values
 from deltakit.formats.bridges.entries import flattened, in_order
-from deltakit.formats.bridges.vllm_patch import check_patch, typed_values
+from deltakit.formats.bridges.vllm_patch import check_patch
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import identify
 from deltakit.rebasing import rebase
@@ -64,7 +65,8 @@ def to_scipy(delta: SparseDelta) -> dict[str, Any]:
                 f"tensor {name!r} has {dims} dimensions, which scipy {scipy.__version__} has no "
                 "sparse arrays for; leave it out (dk.restrict)"
             )
-        array = coo_array((_differences(tensor), _coordinates(tensor)), shape=tensor.shape)
+        parts: Any = (_differences(tensor), _coordinates(tensor))  # SciPy's stubs know 1-D and 2-D
+        array: Any = coo_array(parts, shape=tensor.shape)
         array.has_canonical_format = True
         arrays[name] = array
     return arrays
@@ -184,7 +186,7 @@ def _differences(tensor: TensorDelta) -> Array:
     return changes
 
 
-def _coordinates(tensor: TensorDelta) -> Sequence[Array]:
+def _coordinates(tensor: TensorDelta) -> tuple[Array, ...]:
     return np.unravel_index(tensor.indices, tensor.shape)
 
 

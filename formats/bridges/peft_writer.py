@@ -18,6 +18,7 @@ from deltakit.formats.bridges import container
 from deltakit.formats.bridges.bridge import Options
 from deltakit.formats.bridges.peft_adapter import CONFIG, PREFIX, WEIGHTS, Adapter
 from deltakit.formats.checkpoint import Checkpoint
+from deltakit.formats.safetensors_file import SafetensorsFile
 
 _ENTRIES = "deltakit.entries"  # metadata: JSON, live module -> entries before the filling
 
@@ -78,6 +79,8 @@ def filling_note(modules: Mapping[str, TensorDelta], counts: Mapping[str, int]) 
 
 def without_filling(adapter: Adapter, module: str, length: int) -> int:
     """How many entries of a module come before the filling; `length` for files of others."""
+    if not isinstance(adapter.file, SafetensorsFile):
+        return length
     try:
         known = json.loads(adapter.file.header.metadata.get(_ENTRIES, "{}"))
     except ValueError:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import prod
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +18,8 @@ from deltakit.errors import BudgetError, ConfigError, FormatError
 from deltakit.formats.bridges.bridge import Energy, Options
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.truncation import top
+
+_CHUNK = 2**20  # values looked at together, so that what is needed beside a dense change is small
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class DenseChange:
     @property
     def numel(self) -> int:
         """Elements of the tensor."""
-        return prod(self.shape)
+        return math.prod(self.shape)
 
 
 def entries_to_keep(
@@ -66,49 +70,66 @@ def sparsified(
     given, then of their indices. Beside one dense tensor it holds at most 3 * count entries.
     Raises FormatError for a change that is not finite.
     """
-    pool: list[tuple[Array, Array]] = []  # flat indices int64 and changes, by tensor
-    whole, least = [], np.float32(0)
-    for change in changes:
+    pool: list[_Part] = []
+    whole: list[float] = []
+    least = np.float32(0)
+    for owner, change in enumerate(changes):
         flat = np.ascontiguousarray(change.compute(), np.float32).reshape(-1)
-        if flat.size != change.numel or not np.isfinite(flat).all():
+        if flat.size != change.numel:
             raise FormatError(
                 f"tensor {change.name!r}: its change has {flat.size} values, expected "
-                f"{change.numel} finite ones for shape {list(change.shape)}"
+                f"{change.numel} for shape {list(change.shape)}"
             )
-        whole.append(_energy(flat))
-        size = np.abs(flat)
-        at = np.flatnonzero((size >= least) & (size > 0))
-        at = at[top(size[at], count)]
-        pool.append((at, flat[at]))
-        if sum(len(indices) for indices, _ in pool) > 2 * count:
-            pool, least = _largest(pool, count)
+        squares = []
+        for start in range(0, flat.size, _CHUNK):
+            piece = flat[start : start + _CHUNK]
+            squares.append(_energy(piece))
+            if not math.isfinite(squares[-1]):
+                raise FormatError(f"tensor {change.name!r}: its change is not finite")
+            at = np.flatnonzero((np.abs(piece) >= least) & (piece != 0))
+            at = at[top(np.abs(piece[at]), count)]
+            pool.append(_Part(owner, at + start, piece[at]))
+            if sum(len(part.indices) for part in pool) > 2 * count:
+                pool, least = _largest(pool, count)
+        whole.append(math.fsum(squares))
     pool, _ = _largest(pool, count)
-    kept = zip(changes, pool, whole, strict=True)
-    tensors, energy = {}, {}
-    for change, (indices, values), squares in kept:
-        energy[change.name] = Energy(whole=squares, kept=_energy(values))
-        if len(indices):
+    tensors = {}
+    energy = {c.name: Energy(whole=w, kept=0.0) for c, w in zip(changes, whole, strict=True)}
+    for owner, parts in groupby(pool, key=lambda part: part.owner):
+        change, mine = changes[owner], list(parts)
+        values = np.concatenate([part.values for part in mine])
+        energy[change.name] = Energy(whole=whole[owner], kept=_energy(values))
+        if values.size:
             tensors[change.name] = TensorDelta(
                 name=change.name,
                 shape=change.shape,
                 dtype=change.dtype,
                 mode="add",
-                indices=indices,
+                indices=np.concatenate([part.indices for part in mine]),
                 values=values,
             )
     return tensors, energy
 
 
-def _largest(
-    pool: list[tuple[Array, Array]], count: int
-) -> tuple[list[tuple[Array, Array]], np.float32]:
+class _Part(NamedTuple):
+    """Entries of one stretch of the tensor number `owner`: flat indices int64, and changes."""
+
+    owner: int
+    indices: Array
+    values: Array
+
+
+def _largest(pool: list[_Part], count: int) -> tuple[list[_Part], np.float32]:
     """The `count` largest entries of the pool, and the least size among them."""
-    sizes = np.abs(np.concatenate([values for _, values in pool] or [np.zeros(0, np.float32)]))
+    sizes = np.abs(np.concatenate([part.values for part in pool] or [np.zeros(0, np.float32)]))
     keep = top(sizes, count)
-    parts = np.split(keep, np.cumsum([len(indices) for indices, _ in pool])[:-1])
-    kept = [(i[part], v[part]) for (i, v), part in zip(pool, parts, strict=False)]
-    least = np.float32(0) if keep.all() else sizes[keep].min(initial=np.inf)
-    return kept, np.float32(least)
+    marks = np.split(keep, np.cumsum([len(part.indices) for part in pool])[:-1])
+    kept = [
+        _Part(part.owner, part.indices[mark], part.values[mark])
+        for part, mark in zip(pool, marks, strict=False)
+        if mark.any()
+    ]
+    return kept, sizes[keep].min(initial=np.inf) if not keep.all() else np.float32(0)
 
 
 def _energy(values: Array) -> float:
