@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from deltakit.budget import parse_budget
 from deltakit.delta import BaseIdentity, Fingerprint, Mode, SparseDelta, TensorDelta
@@ -25,6 +25,9 @@ from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta_stream import SdeltaStream, sdelta_stream
 from deltakit.identity import identify
 from deltakit.truncation import truncate
+
+if TYPE_CHECKING:
+    from deltakit.live.state_dict_diff import State
 
 Given = str | os.PathLike[str] | Checkpoint
 Missing = Literal["error", "ignore"]
@@ -61,9 +64,20 @@ def diff(
 ) -> DiffReport: ...
 
 
+@overload
 def diff(
-    base: Given,
-    tuned: Given,
+    base: State,
+    tuned: State,
+    *,
+    keep_base: bool = ...,
+    step: int | None = ...,
+    names: Mapping[str, str] | None = ...,
+) -> SparseDelta: ...
+
+
+def diff(
+    base: Given | State,
+    tuned: Given | State,
     *,
     mode: Mode = "set",
     keep_base: bool = True,
@@ -72,8 +86,13 @@ def diff(
     density: float | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    step: int | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> SparseDelta | DiffReport:
     """The delta that turns `base` into `tuned`; both are files or folders, sharded as they like.
+
+    Either may also be a live module or state dict, for which keep_base, step and names alone apply:
+    see `deltakit.live.patches.diff_states`; step makes the delta the patch step -> step + 1.
 
     mode: "set" stores the tuned bits; "add" stores differences where base + v gives the tuned bits
     back, entry for entry, and falls back to "set" for every tensor where it does not.
@@ -95,7 +114,17 @@ def diff(
         raise ConfigError(
             f"mode {mode!r} and missing {missing!r}: mode is add or set, missing is error or ignore"
         )
-    old, new = (c if isinstance(c, Checkpoint) else Checkpoint(os.fspath(c)) for c in (base, tuned))
+    files = [each for each in (base, tuned) if isinstance(each, (str, os.PathLike, Checkpoint))]
+    if len(files) < 2 or step is not None or names is not None:
+        if (mode, missing, budget, density, out, progress) != ("set", "error", *[None] * 4):
+            raise ConfigError(
+                "mode, missing, budget, density, out and progress are for diffs of files; truncate "
+                "and save the delta of live weights or a patch afterwards"
+            )
+        from deltakit.live.patches import diff_states
+
+        return diff_states(base, tuned, step=step, keep_base=keep_base, names=names)
+    old, new = (c if isinstance(c, Checkpoint) else Checkpoint(os.fspath(c)) for c in files)
     sides = match(old, new, ignore_missing=missing == "ignore")
     count = _count(budget, density, old.total_weights)
     if out is None:
