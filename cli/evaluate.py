@@ -7,8 +7,11 @@ from typing import Any
 
 import click
 
+from deltakit.cli.evaluation_options import evaluation_options, split_option
 from deltakit.cli.options import (
     PATH,
+    SOURCE,
+    Source,
     force_option,
     json_option,
     mismatch_option,
@@ -16,49 +19,16 @@ from deltakit.cli.options import (
     print_json,
     table,
 )
-from deltakit.cli.settings_options import given, setting_options
+from deltakit.cli.settings_options import given
 from deltakit.formats.atomic import refuse_existing
-from deltakit.training.config import describe
-
-_SETTINGS = [
-    "model",
-    "revision",
-    "dtype",
-    "data",
-    "data_name",
-    "task",
-    "validation_fraction",
-    "text_column",
-    "text_pair_column",
-    "label_column",
-    "prompt_column",
-    "completion_column",
-    "messages_column",
-    "source_column",
-    "target_column",
-    "choices_column",
-    "image_column",
-    "problem_type",
-    "max_length",
-    "generate_metrics",
-    "max_new_tokens",
-    "mixed_precision",
-    "eval_batch_size",
-    "threads",
-]
 
 
 @click.command("evaluate", short_help="Measure a base with deltas applied.")
-@setting_options((name, setting) for name, setting in describe().items() if name in _SETTINGS)
+@evaluation_options
 @click.option(
-    "--delta", "deltas", type=PATH, multiple=True, help="Delta to apply. May be repeated."
+    "--delta", "deltas", type=SOURCE, multiple=True, help="Delta to apply. May be repeated."
 )
-@click.option(
-    "--split",
-    metavar="NAME",
-    help="Split to evaluate on; validation by default. A validation split that the data lacks is "
-    "held out as in training.",
-)
+@split_option
 @click.option(
     "--predictions",
     type=PATH,
@@ -69,7 +39,7 @@ _SETTINGS = [
 @force_option
 @json_option
 def command(
-    deltas: tuple[Path, ...],
+    deltas: tuple[Source, ...],
     split: str | None,
     predictions: Path | None,
     allow_base_mismatch: bool,

@@ -21,7 +21,7 @@ from deltakit.cli.options import (
     print_json,
     progress,
 )
-from deltakit.cli.stack import method_options, stacking_options
+from deltakit.cli.stacking_options import method_options, stacking_options
 from deltakit.errors import ConfigError, MissingFileError
 
 if TYPE_CHECKING:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltakit.budget import format_bytes
 from deltakit.cli.options import (
     NUMBERS,
-    PATH,
-    F,
+    SOURCE,
+    Source,
     count,
     force_option,
     json_option,
@@ -23,70 +23,19 @@ from deltakit.cli.options import (
     print_json,
     progress,
 )
-from deltakit.errors import ConfigError, OutputError
+from deltakit.cli.stacking_options import method_options, stacking_options, weights_by_tensor
+from deltakit.cli.tuning_options import TuningCommand, take_tuning, tuning_options
+from deltakit.errors import OutputError
 from deltakit.formats.atomic import refuse_existing
+from deltakit.hub.locate import named_after
+from deltakit.hub.location import is_location
+
+if TYPE_CHECKING:
+    from deltakit.delta import SparseDelta
 
 
-def _list_methods(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if not value or ctx.resilient_parsing:
-        return
-    from deltakit.combine import METHODS
-
-    for record in METHODS:
-        source = f" ({record.source})" if record.source else ""
-        options = ", ".join(f"{f.name}={f.default}" for f in fields(record.target))
-        click.echo(f"{record.name}: {record.summary}{source}")
-        click.echo(f"    flavours: {', '.join(['paper', *record.target.flavours])}")
-        click.echo(f"    options: {options}")
-    ctx.exit()
-
-
-def method_options(function: F) -> F:
-    """The options by which a stacking method is chosen and set."""
-    for option in reversed(
-        [
-            click.option(
-                "--density", type=float, metavar="D", help="Share that trimming methods keep."
-            ),
-            click.option(
-                "--density-of",
-                type=click.Choice(["entries", "numel"]),
-                help="What the density is a share of: the delta's entries or all weights.",
-            ),
-            click.option(
-                "--trim-scope",
-                type=click.Choice(["global", "tensor"]),
-                help="Trim over the whole delta or in each tensor by itself.",
-            ),
-            click.option(
-                "--flavour",
-                type=click.Choice(["paper", "mergekit", "peft"]),
-                help="Whose defaults the method takes; its paper's unless given.",
-            ),
-            click.option("--seed", type=int, help="Of methods that draw at random."),
-            click.option(
-                "--set",
-                "settings",
-                multiple=True,
-                metavar="NAME=VALUE",
-                help="Any other option of the method, such as epsilon=0.1; repeatable.",
-            ),
-            click.option(
-                "--list-methods",
-                is_flag=True,
-                is_eager=True,
-                expose_value=False,
-                callback=_list_methods,
-                help="Show all methods with their sources and options.",
-            ),
-        ]
-    ):
-        function = option(function)
-    return function
-
-
-@click.command()
-@click.argument("deltas", type=PATH, nargs=-1, required=True, metavar="DELTA...")
+@click.command(cls=TuningCommand)
+@click.argument("deltas", type=SOURCE, nargs=-1, required=True, metavar="DELTA...")
 @output_option("Where to write; by default the first DELTA's name with the method, beside it.")
 @click.option("--method", default="linear", show_default=True, help="How to combine.")
 @click.option(
@@ -104,18 +53,20 @@ def method_options(function: F) -> F:
     metavar="FROM",
     help="The delta (path, or position from 0) whose extras win where several deltas differ.",
 )
-@click.option("--base", type=PATH, help="The base, for deltas that do not carry base values.")
+@click.option("--base", type=SOURCE, help="The base, for deltas that do not carry base values.")
+@tuning_options
 @mismatch_option
 @force_option
 @json_option
 def command(
-    deltas: tuple[Path, ...],
+    deltas: tuple[Source, ...],
     output: Path | None,
     method: str,
     weights: tuple[float, ...] | None,
     tensor_weights: tuple[str, ...],
     head: str | None,
-    base: Path | None,
+    base: Source | None,
+    tuned: bool,
     allow_base_mismatch: bool,
     force: bool,
     as_json: bool,
@@ -132,70 +83,60 @@ def command(
       deltakit stack a.sdelta b.sdelta --method ties --density 0.2
       deltakit stack a.sdelta b.sdelta --weights 1,-0.5 -o less.sdelta
       deltakit stack a.sdelta b.sdelta --method della --set epsilon=0.1 --flavour mergekit
+      deltakit stack a.sdelta b.sdelta --tune-weights --model BASE --data FILE --task TASK
     """
     from deltakit.formats.sdelta import save
     from deltakit.stacking import stack
 
-    target = output or deltas[0].with_name(f"{deltas[0].stem}-{method}.sdelta")
+    others = {"--weights": weights, "--tensor-weights": tensor_weights, "--base": base}
+    tuning = take_tuning(given, tuned, others)
+    named = named_after(deltas[0], ".sdelta")
+    target = output or named.with_name(f"{named.stem}-{method}.sdelta")
     _check_output(target, deltas, force)
-    with progress("Stacking") as advance:
-        made = stack(
-            deltas,
-            method,
-            weights_by_tensor(weights, tensor_weights, len(deltas)),
-            head=head,
-            base=base,
-            allow_base_mismatch=allow_base_mismatch,
-            progress=advance,
-            **stacking_options(given),
-        )
+    options = {"head": head, "allow_base_mismatch": allow_base_mismatch, **stacking_options(given)}
+    if tuned:
+        made, report = _tuned(deltas, method, {**tuning, **options}, force)
+    else:
+        factors = weights_by_tensor(weights, tensor_weights, len(deltas))
+        with progress("Stacking") as advance:
+            made = stack(deltas, method, factors, base=base, progress=advance, **options)
+        report = dict(made.provenance)
     save(made, target)
     size = target.stat().st_size
     for told in made.provenance.get("notes", ()):
         note(f"Note: {told}")
     if as_json:
         told = {"output": target, "entries": made.nnz, "tensors": len(made.tensors)}
-        print_json(told | {"extras": list(made.extras), "bytes": size, **made.provenance})
+        print_json(told | {"extras": list(made.extras), "bytes": size, **report})
         return
     click.echo(
         f"{target}: {made.nnz:,} entries in {count('tensor', made.tensors)} of "
         f"{count('delta', deltas)} by {method}, {format_bytes(size)}"
     )
+    if tuned:
+        click.echo(f"weights {report['search']['reason']}")
 
 
-def stacking_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What `method_options` put into a command's arguments, as options of `stack`."""
-    options = {k: v for k, v in given.items() if k != "settings" and v is not None}
-    for setting in given["settings"]:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {setting!r} is no NAME=VALUE")
-        options[name.strip().replace("-", "_")] = value.strip()
-    return options
+def _tuned(
+    deltas: Sequence[Source], method: str, arguments: dict[str, Any], force: bool
+) -> tuple[SparseDelta, dict[str, Any]]:
+    """The stack with the weights that a search found, and its provenance with all evaluations."""
+    plot = arguments.pop("plot", None)
+    if plot is not None:
+        refuse_existing(plot, force)
+        import_module("matplotlib")  # a search may take hours, so what it lacks is told before
+    from deltakit.training.tuned_stack import tune_weights
+
+    found = tune_weights(deltas, method, say=note, **arguments)
+    if plot is not None:
+        found.search.plot(plot)
+    recorded = found.delta.provenance
+    whole = {**recorded["search"], **found.search.as_dict()}
+    return found.delta, {**recorded, "search": whole}
 
 
-def weights_by_tensor(
-    weights: Sequence[float] | None, patterns: Sequence[str], deltas: int
-) -> Sequence[float | dict[str, float]] | None:
-    """One weight for each delta; by pattern where --tensor-weights were given."""
-    if not patterns:
-        return weights
-    rest = [1.0] * deltas if weights is None else weights
-    if len(rest) != deltas:
-        raise ConfigError(f"{len(rest)} weights for {deltas} deltas; give one for each")
-    made: list[dict[str, float]] = [{} for _ in range(deltas)]
-    for text in patterns:
-        pattern, _, numbers = text.rpartition("=")
-        factors = NUMBERS.convert(numbers, None, None)
-        if not pattern or len(factors) != deltas:
-            raise ConfigError(f"--tensor-weights {text!r} is no PATTERN=W,... for {deltas} deltas")
-        for mapping, factor in zip(made, factors, strict=True):
-            mapping.setdefault(pattern, factor)
-    return [{**mapping, "*": weight} for mapping, weight in zip(made, rest, strict=True)]
-
-
-def _check_output(output: Path, deltas: Sequence[Path], force: bool) -> None:
-    for delta in deltas:
+def _check_output(output: Path, deltas: Sequence[Source], force: bool) -> None:
+    for delta in (Path(delta) for delta in deltas if not is_location(delta)):
         if output.exists() and delta.exists() and output.samefile(delta):
             raise OutputError(f"{output} is a delta to be stacked; give another output")
     refuse_existing(output, force)

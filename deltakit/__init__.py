@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from deltakit.training.calibration import Batches as Batches
     from deltakit.training.lr_search import find_lr as find_lr
     from deltakit.training.trainer import SparseTrainer as SparseTrainer
+    from deltakit.training.tuned_stack import tune_weights as tune_weights
     from deltakit.training.tuner import SparseTuner as SparseTuner
     from deltakit.truncation import truncate as truncate
     from deltakit.verification import verify as verify
@@ -116,6 +117,7 @@ _EXPORTS = {
     "to_torch": "deltakit.sparse_arrays",
     "to_vllm": "deltakit.sparse_arrays",
     "truncate": "deltakit.truncation",
+    "tune_weights": "deltakit.training.tuned_stack",
     "unmasking_history": "deltakit.analyses",
     "verify": "deltakit.verification",
 }

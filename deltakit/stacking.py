@@ -99,12 +99,10 @@ def stack_inputs(
     notes += _check_agreement(inputs, allow_base_mismatch)
     chosen = chosen_head(inputs, head)
     extras, config = common_extras(inputs, chosen), common_config(inputs, chosen)
-    tasks = _tasks(inputs, weights, base, progress)
+    tasks = read_tasks(inputs, weights, base, progress)
     if extras and any(factor != 1 for task in tasks for factor in task.weights.values()):
         notes.append("weights do not apply to extras, which are taken whole")
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused after
-        made = {name: _tensor(tasks, name, m, maker) for name, m in maker.stack(tasks).items()}
-    tensors = in_tensor_order({name: tensor for name, tensor in made.items() if tensor.nnz})
+    tensors = combined(tasks, maker)
     return SparseDelta(
         tensors=tensors,
         extras=extras,
@@ -184,12 +182,13 @@ def _check_agreement(inputs: Sequence[Input], allow: bool) -> list[str]:
     return notes
 
 
-def _tasks(
+def read_tasks(
     inputs: Sequence[Input],
     weights: Sequence[Weight] | None,
     base: Checkpoint | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tasks:
+    """The deltas as a method takes them, with base values where they are known."""
     held = [
         {name: _with_base(t, base) for name, t in each.delta.tensors.items() if t.nnz}
         for each in inputs
@@ -203,6 +202,13 @@ def _tasks(
     totals = [each.delta.base.total_weights for each in inputs if each.delta.base is not None]
     total = next((n for n in totals if n is not None), base.total_weights if base else None)
     return Tasks(tasks, base, total, progress)
+
+
+def combined(tasks: Tasks, maker: Method) -> dict[str, TensorDelta]:
+    """What a method makes of the deltas, without tensors that came out empty, in tensor order."""
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused after
+        made = {name: _tensor(tasks, name, m, maker) for name, m in maker.stack(tasks).items()}
+    return in_tensor_order({name: tensor for name, tensor in made.items() if tensor.nnz})
 
 
 def _with_base(tensor: TensorDelta, base: Checkpoint | None) -> TensorDelta:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError, DataError
 from deltakit.formats.atomic import write_bytes
 from deltakit.formats.checkpoint import Checkpoint
@@ -21,6 +23,7 @@ from deltakit.training.data import Table, choose_split, read_splits
 from deltakit.training.predict import Predictions, predict
 from deltakit.training.prepare import Say
 from deltakit.training.pretrained import (
+    Located,
     apply_changes,
     head_of,
     load_config,
@@ -34,7 +37,7 @@ from deltakit.training.pretrained import (
 from deltakit.training.quiet import quieten
 from deltakit.training.settings import parse_setting
 from deltakit.training.splits import hold_out
-from deltakit.training.task import Live, Problem, TaskSettings
+from deltakit.training.task import Example, Live, Problem, TaskSettings
 from deltakit.training.tasks import TASKS
 
 
@@ -85,6 +88,95 @@ class EvaluateConfig:
                 object.__setattr__(self, name, parse_setting(name, described[name], value))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """A base and the data to measure it on, read once. base: its checkpoint on this machine.
+
+    model_config: the base's, changed as deltas and data need. examples: those of `split`, of at
+    most `longest` tokens each. Deltas are applied to `model` and taken back by whoever measures.
+    """
+
+    config: EvaluateConfig
+    base: Checkpoint
+    located: Located
+    model_config: Any
+    problem: Problem
+    processor: Any
+    longest: int
+    split: str
+    examples: Sequence[Example]
+
+    @classmethod
+    def of(
+        cls, config: EvaluateConfig, deltas: Sequence[SparseDelta], split: str | None, say: Say
+    ) -> Evaluator:
+        """Read and check everything but the model itself.
+
+        deltas: those to come, whose changes to the base's configuration the model is made with.
+        split, say: see `evaluate`. Raises ConfigError, DataError or MissingFileError.
+        """
+        quieten()
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        table, name = _rows(config, split, say)
+        located = locate(config.model, config.revision)
+        model_config = load_config(located)
+        for delta in deltas:
+            apply_changes(model_config, delta.config)
+        head = head_of(model_config, config.task)
+        if head is None and config.task.endswith("-classification"):
+            raise ConfigError(
+                f"model {config.model} has no classification head; give the delta that brings one, "
+                "or a merged model"
+            )
+        problem = TASKS[config.task]({name: table}, TaskSettings.of(config), head)
+        for note in problem.notes:
+            say(note)
+        processor = load_processor(located, model_config, problem)
+        apply_changes(model_config, needs_padding_token(model_config, processor, problem))
+        longest = longest_input(processor, model_config, config.max_length)
+        return cls(
+            config=config,
+            base=Checkpoint(with_weights(located).folder),
+            located=located,
+            model_config=model_config,
+            problem=problem,
+            processor=processor,
+            longest=longest,
+            split=name,
+            examples=problem.encode(processor, longest)[name],
+        )
+
+    @cached_property
+    def model(self) -> Any:
+        """The base model, loaded when first asked for, on the GPU where there is one."""
+        model = load_model(self.located, self.model_config, self.problem, self.config.dtype)
+        return model.to("cuda") if torch.cuda.is_available() else model
+
+    def predict(self, *, digests: bool = False) -> Predictions:
+        """What the model, as it stands, says about the examples; digests: see `predict`."""
+        return predict(
+            self.model,
+            self.problem,
+            self.examples,
+            Collator.of(self.model, self.processor),
+            batch_size=self.config.eval_batch_size,
+            mixed_precision=self._mixed,
+            digests=digests,
+        )
+
+    def metrics(self, found: Predictions) -> dict[str, float]:
+        """The metrics of what the model, as it still stands, said."""
+        size, mixed = self.config.eval_batch_size, self._mixed
+        live = Live(self.model, self.processor, self.longest, size, mixed)
+        metrics = self.problem.metrics(found.reduced, found.labels)
+        return {**metrics, **self.problem.live_metrics(self.split, live)}
+
+    @property
+    def _mixed(self) -> bool:
+        return self.config.mixed_precision == "bf16"
+
+
 def evaluate(
     config: EvaluateConfig,
     deltas: Sequence[str | Path] = (),
@@ -102,58 +194,21 @@ def evaluate(
     result carries one sha256 over all logits. Data and deltas are checked before the model is
     loaded. Raises the typed errors of `deltakit.errors`.
     """
-    quieten()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    table, name = _rows(config, split, say)
     loaded = [load(path) for path in deltas]
-    located = locate(config.model, config.revision)
-    model_config = load_config(located)
-    for delta in loaded:
-        apply_changes(model_config, delta.config)
-    head = head_of(model_config, config.task)
-    if head is None and config.task.endswith("-classification"):
-        raise ConfigError(
-            f"model {config.model} has no classification head; give the delta that brings one, or "
-            "a merged model"
-        )
-    problem = TASKS[config.task]({name: table}, TaskSettings.of(config), head)
-    for note in problem.notes:
-        say(note)
-    processor = load_processor(located, model_config, problem)
-    apply_changes(model_config, needs_padding_token(model_config, processor, problem))
-    longest = longest_input(processor, model_config, config.max_length)
-    examples = problem.encode(processor, longest)[name]
-    base = Checkpoint(with_weights(located).folder)
-    model = load_model(located, model_config, problem, config.dtype)
-    apply(model, loaded, base=base, allow_base_mismatch=allow_base_mismatch)
-    if torch.cuda.is_available():
-        model.to("cuda")
-    mixed = config.mixed_precision == "bf16"
-    found = predict(
-        model,
-        problem,
-        examples,
-        Collator.of(model, processor),
-        batch_size=config.eval_batch_size,
-        mixed_precision=mixed,
-        digests=predictions is not None,
-    )
-    live = Live(model, processor, longest, config.eval_batch_size, mixed)
+    ready = Evaluator.of(config, loaded, split, say)
+    apply(ready.model, loaded, base=ready.base, allow_base_mismatch=allow_base_mismatch)
+    found = ready.predict(digests=predictions is not None)
     if predictions is not None:
-        _write_predictions(problem, found, predictions)
+        _write_predictions(ready.problem, found, predictions)
     return {
         "model": config.model,
         "deltas": [str(path) for path in deltas],
         "entries": sum(delta.nnz for delta in loaded),
         "task": config.task,
         "data": config.data,
-        "split": name,
-        "examples": len(examples),
-        "metrics": {
-            **problem.metrics(found.reduced, found.labels),
-            **problem.live_metrics(name, live),
-        },
+        "split": ready.split,
+        "examples": len(ready.examples),
+        "metrics": ready.metrics(found),
         **({} if found.digest is None else {"logits_sha256": found.digest}),
     }
 

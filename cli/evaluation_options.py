@@ -1,0 +1,43 @@
+"""The options by which commands take a model and the data to measure it on."""
+
+from __future__ import annotations
+
+import click
+
+from deltakit.cli.settings_options import setting_options
+from deltakit.training.config import describe
+
+SETTINGS = (
+    "model",
+    "revision",
+    "dtype",
+    "data",
+    "data_name",
+    "task",
+    "validation_fraction",
+    "text_column",
+    "text_pair_column",
+    "label_column",
+    "prompt_column",
+    "completion_column",
+    "messages_column",
+    "source_column",
+    "target_column",
+    "choices_column",
+    "image_column",
+    "problem_type",
+    "max_length",
+    "generate_metrics",
+    "max_new_tokens",
+    "mixed_precision",
+    "eval_batch_size",
+    "threads",
+)
+
+evaluation_options = setting_options((n, s) for n, s in describe().items() if n in SETTINGS)
+split_option = click.option(
+    "--split",
+    metavar="NAME",
+    help="Split to evaluate on; validation by default. A validation split that the data lacks is "
+    "held out as in training.",
+)
