@@ -10,6 +10,8 @@ import click
 from deltakit.cli.options import (
     BUDGET,
     PATH,
+    SOURCE,
+    Source,
     force_option,
     json_option,
     note,
@@ -38,23 +40,29 @@ def _list_formats(ctx: click.Context, param: click.Parameter, value: bool) -> No
 
 
 @click.command()
-@click.argument("source", type=PATH, metavar="IN")
+@click.argument("source", type=SOURCE, metavar="IN")
 @click.argument("out", type=PATH)
 @click.option("--from", "from_format", metavar="FORMAT", help="What IN is; by default its content.")
 @click.option("--to", "to_format", metavar="FORMAT", help="What OUT becomes; by default sdelta.")
-@click.option("--base", type=PATH, help="The base checkpoint, which most adapters need.")
+@click.option("--base", type=SOURCE, help="The base checkpoint, which most adapters need.")
 @click.option(
-    "-b", "--budget", type=BUDGET, metavar="N", help="LoRA: entries to keep, 100k or 0.1%."
+    "-b",
+    "--budget",
+    type=BUDGET,
+    metavar="N",
+    help="Low-rank changes: entries to keep, 100k or 0.1%.",
 )
-@click.option("--density", type=float, help="LoRA: the same as a share of the changed tensors.")
+@click.option("--density", type=float, help="The same as a share of the changed tensors.")
 @click.option(
     "--mode",
     type=click.Choice(["add", "set"]),
     help="What the values of plain COO are: differences or new weights.",
 )
 @click.option("--prefix", default="", help="What PEFT's model has before the base's names.")
-@click.option("--lossy", is_flag=True, help="Leave out what OUT cannot hold, and say so.")
-@click.option("--tensors", is_flag=True, help="LoRA: list the retained energy of every tensor.")
+@click.option("--lossy", is_flag=True, help="Leave out what cannot be converted, and say so.")
+@click.option(
+    "--tensors", is_flag=True, help="List the energy that is retained of every low-rank change."
+)
 @click.option(
     "--formats",
     is_flag=True,
@@ -66,11 +74,11 @@ def _list_formats(ctx: click.Context, param: click.Parameter, value: bool) -> No
 @force_option
 @json_option
 def command(
-    source: Path,
+    source: Source,
     out: Path,
     from_format: str | None,
     to_format: str | None,
-    base: Path | None,
+    base: Source | None,
     budget: int | str | None,
     density: float | None,
     mode: str | None,
@@ -120,7 +128,7 @@ def command(
 
 
 def _told(report: ConversionReport) -> str:
-    told = f"{report.output}: {report.to_format}, {report.entries:,} entries"
+    told = f"{report.output}: {report.to_format} of {report.entries:,} entries"
     if report.extra_weights:
         told += f", {report.extra_weights:,} weights in extras"
     if report.retained is not None:

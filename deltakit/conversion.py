@@ -15,6 +15,7 @@ from deltakit.formats.atomic import refuse_existing
 from deltakit.formats.bridges import BRIDGES, Bridge, Options, Reading, recognise
 from deltakit.formats.bridges.bridge import Energy, needed
 from deltakit.formats.checkpoint import Checkpoint
+from deltakit.hub.locate import local_delta
 from deltakit.identity import check_base, identify
 from deltakit.rebasing import rebase
 
@@ -26,7 +27,8 @@ class ConversionReport:
     """What was read and written.
 
     found: one line about the input, by its content. entries, extra_weights: of the delta that was
-    written. notes: what was lost or assumed. energy: by tensor, of changes that were made sparse.
+    read; notes tell where a writer left some out, and what else was lost or assumed. energy: by
+    tensor, of changes that were made sparse.
     """
 
     source: Path
@@ -91,7 +93,7 @@ def convert(
     must be said that was not, CoordinateError and BaseMismatchError for another base,
     OutputExistsError for an output that is there.
     """
-    where, target = Path(source), Path(out)
+    where, target = local_delta(source), Path(out)
     options = Options(budget=budget, density=density, mode=mode, prefix=prefix, lossy=lossy)
     reader, found = _reader(where, from_format)
     writer = BRIDGES[_target_format(reader.name, to_format)]()

@@ -309,10 +309,23 @@ def test_shira_has_a_limit_that_super_tuning_has_not(tmp_path: Path) -> None:
 
 
 def test_what_adapters_cannot_hold(tmp_path: Path) -> None:
-    bias = one_tensor("m.bias", (4,), 2).tensors["m.bias"]
-    weight = one_tensor("m.weight", (4, 4), 3).tensors["m.weight"]
-    dk.save(dk.SparseDelta(tensors={"m.bias": bias, "m.weight": weight}), tmp_path / "d.sdelta")
-    with pytest.raises(ConfigError, match=r"1 tensors \(such as 'm.bias'\) are something else"):
+    shapes = {"m.bias": (4,), "wte.weight": (4, 4), "m.weight": (4, 4)}
+    tensors = {name: one_tensor(name, shape, 2).tensors[name] for name, shape in shapes.items()}
+    dk.save(dk.SparseDelta(tensors=tensors), tmp_path / "d.sdelta")
+    with pytest.raises(ConfigError, match=r"2 tensors \(such as 'm.bias'\) are something else"):
         dk.convert(tmp_path / "d.sdelta", tmp_path / "out", to_format="peft-shira")
     report = dk.convert(tmp_path / "d.sdelta", tmp_path / "out", to_format="peft-shira", lossy=True)
-    assert "2 entries in 1 tensors are left out" in report.notes
+    assert "4 entries in 2 tensors are left out" in report.notes
+    assert report.entries == 6  # of the delta; the adapter has those of `m.weight`
+    dk.save(dk.SparseDelta(tensors={"m.bias": tensors["m.bias"]}), tmp_path / "d.sdelta")
+    with pytest.raises(ConfigError, match="no entries in weights of linear layers, for SHiRA"):
+        dk.convert(tmp_path / "d.sdelta", tmp_path / "b", to_format="peft-shira", lossy=True)
+
+
+def test_layers_that_lie_the_other_way_are_refused(tmp_path: Path) -> None:
+    base = write_gpt2(tmp_path / "base")
+    shape = (16, 48)
+    delta = one_tensor("transformer.h.0.attn.c_attn.weight", shape, 3)
+    dk.save(delta, tmp_path / "d.sdelta")
+    with pytest.raises(ConfigError, match="layers of a gpt2 are transformers' Conv1D"):
+        dk.convert(tmp_path / "d.sdelta", tmp_path / "out", to_format="peft-shira", base=base)

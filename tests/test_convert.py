@@ -64,7 +64,7 @@ def test_the_command_tells_what_it_found_and_kept(lora: Path) -> None:
     code, out, err = run("convert", lora.name, "d.sdelta", "--base", "base.safetensors", "-b", "10")
     assert (code, err) == (0, "lora: PEFT LoRA adapter, 2 modules\n")
     report = dk.convert(lora, "e.sdelta", base="base.safetensors", budget=10)
-    assert out == f"d.sdelta: sdelta, 10 entries, {report.retained:.2%} of the change's energy\n"
+    assert out == f"d.sdelta: sdelta of 10 entries, {report.retained:.2%} of the change's energy\n"
     assert Path("d.sdelta").read_bytes() == Path("e.sdelta").read_bytes()
 
 
@@ -89,6 +89,17 @@ def test_the_list_of_formats() -> None:
     code, out, _ = run("convert", "--formats")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == ["format", *BRIDGES.names()]
+
+
+def test_the_page_about_formats_knows_them_all() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+    for record in BRIDGES:
+        ways = {True: "yes", False: ""}
+        reads, writes = (
+            ways[getattr(record.target, way) is not getattr(Bridge, way)]
+            for way in ("read", "write")
+        )
+        assert f"| `{record.name}` | {reads} | {writes} |" in page
 
 
 def test_every_bridge_has_its_registered_name_and_a_way() -> None:
@@ -173,5 +184,7 @@ def test_names_that_cannot_be_told() -> None:
         checkpoint_names(["0.q.weight"], two)
     with pytest.raises(CoordinateError, match=r"no tensor 'x.0.q.weight', .*; nearest: "):
         checkpoint_names(["x.0.q.weight"], two)
+    with pytest.raises(CoordinateError, match=r"are both 'decoder.0.q.weight'"):
+        checkpoint_names(["decoder.0.q.weight", "m.decoder.0.q.weight"], two)
     with pytest.raises(CoordinateError, match=r"with or without a prefix"):
         checkpoint_names(["model.encoder.0.q.weight", "model.0.q.weight"], two)

@@ -21,7 +21,7 @@ class Options:
     density: the same as a share of the changed tensors' weights, above 0 to 1.
     mode: what values are, differences or new weights, where a file does not say.
     prefix: what the live model has before the checkpoint's names, for formats of live names.
-    lossy: leave out what a format cannot hold, with a note, where it would be refused.
+    lossy: leave out what cannot be converted, with a note, where it would be refused.
     """
 
     budget: int | str | None = None

@@ -73,7 +73,8 @@ def whole(name: str, numbers: Array) -> Array:
     as float32, which rounds integers above 2^24); FormatError, naming the tensor, otherwise."""
     if numbers.dtype.kind in "iu":
         return numbers
-    if numbers.dtype.kind != "f" or not np.array_equal(numbers, np.floor(numbers)):
+    exact = numbers.dtype in (np.float32, np.float64)
+    if not exact or not np.array_equal(numbers, np.floor(numbers)):
         raise FormatError(f"tensor {name!r}: indices are {numbers.dtype}, expected whole numbers")
     if numbers.dtype == np.float32 and numbers.size and np.abs(numbers).max() >= FLOAT32_EXACT:
         raise FormatError(

@@ -42,7 +42,18 @@ def checkpoint_names(
     for name in (*names, *may_lack):
         renamed = name if name in base.tensors else _renamed(name, *rules[0])
         found[name] = renamed if renamed in base.tensors else name
+    _refuse_same(found, base)
     return found
+
+
+def _refuse_same(found: dict[str, str], base: Checkpoint) -> None:
+    stored: dict[str, str] = {}
+    for live, name in found.items():
+        if stored.setdefault(name, live) != live:
+            raise CoordinateError(
+                f"tensors {stored[name]!r} and {live!r} are both {name!r} in {base.path}; give the "
+                "base that the file was made of"
+            )
 
 
 def _rules(missing: list[str], base: Checkpoint) -> list[tuple[str, str]]:

@@ -62,7 +62,7 @@ class PeftShira(Bridge):
     def write(
         self, delta: SparseDelta, path: Path, *, base: Checkpoint | None, options: Options
     ) -> tuple[str, ...]:
-        modules, notes = linear_weights(delta, options, "SHiRA")
+        modules, notes = linear_weights(delta, base, options, "SHiRA")
         rank = max(-(-t.nnz // sum(t.shape)) for t in modules.values())
         counts = {module: rank * sum(t.shape) for module, t in modules.items()}
         for module, tensor in modules.items():

@@ -72,7 +72,7 @@ class PeftSupertuning(Bridge):
     def write(
         self, delta: SparseDelta, path: Path, *, base: Checkpoint | None, options: Options
     ) -> tuple[str, ...]:
-        modules, notes = linear_weights(delta, options, "Super-Tuning")
+        modules, notes = linear_weights(delta, base, options, "Super-Tuning")
         large = [module for module, tensor in modules.items() if tensor.numel > 2**31]
         if large:
             raise ConfigError(f"{large[0]!r} has more than 2^31 weights, beyond PEFT's int32")

@@ -20,21 +20,45 @@ from deltakit.formats.bridges.peft_adapter import CONFIG, PREFIX, WEIGHTS, Adapt
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_file import SafetensorsFile
 
+# A checkpoint does not tell what its matrices are for, and PEFT refuses adapters of other modules
+# than nn.Linear when it loads them; these are the names and models that transformers has.
+_EMBEDDINGS = {
+    "embed_in",
+    "embed_positions",
+    "embed_tokens",
+    "embedding",
+    "embeddings",
+    "position_embeddings",
+    "relative_attention_bias",
+    "shared",
+    "tok_embeddings",
+    "token_type_embeddings",
+    "word_embeddings",
+    "wpe",
+    "wte",
+}
+_CONV1D = {"decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
 _ENTRIES = "deltakit.entries"  # metadata: JSON, live module -> entries before the filling
 
 
 def linear_weights(
-    delta: SparseDelta, options: Options, what: str
+    delta: SparseDelta, base: Checkpoint | None, options: Options, what: str
 ) -> tuple[dict[str, TensorDelta], list[str]]:
     """Live module -> its tensor, for the weights of linear layers, and notes on what is lost.
 
-    Raises ConfigError for entries elsewhere (biases, normalisations) unless `options.lossy`, and
-    for rows that grow a tensor.
+    Raises ConfigError for entries elsewhere (biases, normalisations, embeddings) unless
+    `options.lossy`, for layers that lie as [in, out], and for rows that grow a tensor.
     """
+    config = None if base is None else base.config()
+    if config is not None and config.get("model_type") in _CONV1D:
+        raise ConfigError(
+            f"the layers of a {config['model_type']} are transformers' Conv1D, which {what} of PEFT "
+            "does not take"
+        )
     if any(name.endswith(":]") for name in delta.extras):
         raise ConfigError(f"the delta appends rows to a tensor, which {what} cannot hold")
     touched = {name: tensor for name, tensor in delta.tensors.items() if tensor.nnz}
-    linear = {n: t for n, t in touched.items() if n.endswith(".weight") and len(t.shape) == 2}
+    linear = {name: t for name, t in touched.items() if _is_linear(name, t)}
     others = [name for name in touched if name not in linear]
     if others and not options.lossy:
         raise ConfigError(
@@ -55,6 +79,12 @@ def linear_weights(
         notes.append(f"changes of config.json are lost: {', '.join(sorted(delta.config))}")
     modules = {options.prefix + name.removesuffix(".weight"): t for name, t in linear.items()}
     return modules, notes
+
+
+def _is_linear(name: str, tensor: TensorDelta) -> bool:
+    module, _, last = name.rpartition(".")
+    is_embedding = module.rpartition(".")[2] in _EMBEDDINGS
+    return last == "weight" and len(tensor.shape) == 2 and not is_embedding
 
 
 def filled(tensor: TensorDelta, count: int, values: Array | None = None) -> tuple[Array, Array]:
