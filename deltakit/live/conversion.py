@@ -58,7 +58,9 @@ def saved_regions(model: Any, live: Mapping[str, torch.Tensor]) -> dict[str, lis
     for name, tensor in saved.items():
         whole = torch.empty(tensor.shape, device="meta")
         paths = _paths(tensor, whole, known, copies.parts)
-        found[name] = [Region(n, name, tuple(tensor.shape), hops) for n, hops in paths]
+        found[name] = [
+            Region(n, tuple(live[n].shape), name, tuple(tensor.shape), hops) for n, hops in paths
+        ]
     return found
 
 

@@ -67,6 +67,7 @@ class Region:
     """
 
     live: str
+    live_shape: tuple[int, ...]
     stored: str
     stored_shape: tuple[int, ...]
     hops: tuple[tuple[View, View], ...]
@@ -75,7 +76,8 @@ class Region:
     def is_whole(self) -> bool:
         """Whether the live tensor and the stored one are the same, in the same order."""
         rows = View(0, self.stored_shape, _row_major(self.stored_shape))
-        return all(before == after == rows for before, after in self.hops)
+        same = all(before == after == rows for before, after in self.hops)
+        return same and self.live_shape == self.stored_shape
 
     def moved(self, live: str, stored: str) -> Region:
         """The same region of tensors of other names."""
@@ -96,7 +98,7 @@ class Region:
 def whole(live: str, stored: str, shape: tuple[int, ...]) -> Region:
     """All of a live tensor, held by a stored tensor of the same shape."""
     rows = View(0, shape, _row_major(shape))
-    return Region(live, stored, shape, ((rows, rows),))
+    return Region(live, shape, stored, shape, ((rows, rows),))
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

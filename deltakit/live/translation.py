@@ -64,12 +64,16 @@ def to_checkpoint(tensors: Mapping[str, TensorDelta], where: Coordinates) -> dic
         if name not in where.regions:
             found[name] = tensor
             continue
+        covered = np.zeros(tensor.nnz, bool)
         for region in where.regions[name]:
             kept, indices = region.to_stored(tensor.indices)
+            covered[kept] = True
             if len(kept):
                 parts.setdefault(region.stored, []).append(
                     _moved(tensor, kept, indices, region.stored, region.stored_shape)
                 )
+        if not covered.all():
+            raise CoordinateError(f"tensor {name!r} has entries in a part the checkpoint lacks")
     for name, given in parts.items():
         (found[name],) = _joined(given)
     return found
