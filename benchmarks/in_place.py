@@ -8,8 +8,8 @@ positions tell how much of the difference is due to more pages that hold entries
 checkpoint of sparse files (holes), one tensor of which has more than 2^32 elements; merge and revert
 against `pwrite` of the same two bytes at the same positions of a second such checkpoint and one
 fsync per file. The support is uniformly random, so nearly every entry has a page of its own. Times
-are medians of wall-clock seconds, to the moment the data are on the disk; what was merged is
-compared with the expected words.
+are medians of wall-clock seconds, to the moment the data are on the disk, and of processor seconds,
+which a busy machine leaves as they are; what was merged is compared with the expected words.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from deltakit.in_place.revert import revert
 ENTRIES = 100_000
 HUGE_SHARDS = 40  # of 20 GB
 Shapes = Mapping[str, tuple[int, ...]]
-Times = dict[str, list[float]]
+Times = dict[str, list[tuple[float, float]]]  # wall-clock and processor seconds
 
 
 def llama(width: int, inner: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
@@ -132,18 +132,32 @@ def after(delta: SparseDelta) -> dict[str, Array]:
 
 
 def timed(times: Times, what: str, action: Callable[[], object]) -> None:
-    """Add the wall-clock seconds of one call to `times`."""
+    """Add the wall-clock and processor seconds of one call to `times`."""
     os.sync()
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), sum(os.times()[:4])
     action()
-    times.setdefault(what, []).append(time.perf_counter() - begun)
+    taken = time.perf_counter() - begun, sum(os.times()[:4]) - used
+    times.setdefault(what, []).append(taken)
 
 
-def tell(times: Times) -> dict[str, float]:
+def tell(times: Times) -> dict[str, tuple[float, float]]:
     """Print the times and return their medians."""
+    found = {}
     for what, taken in times.items():
-        print(f"{what:>20}: {median(taken):.3f} s (from {min(taken):.3f} to {max(taken):.3f})")
-    return {what: median(taken) for what, taken in times.items()}
+        wall, used = zip(*taken, strict=True)
+        print(
+            f"{what:>20}: {median(wall):.3f} s (from {min(wall):.3f} to {max(wall):.3f}), "
+            f"processor {median(used):.3f} s"
+        )
+        found[what] = (median(wall), median(used))
+    return found
+
+
+def places(delta: SparseDelta) -> str:
+    """How many pages hold entries, and how many runs of neighbouring pages these are."""
+    pages = [np.unique(t.indices // 2048) for t in delta.tensors.values()]
+    runs = sum(1 + np.count_nonzero(np.diff(each) > 1) for each in pages)
+    return f"{delta.nnz:,} entries on {sum(map(len, pages)):,} pages in {runs:,} runs"
 
 
 def sizes(folder: Path, rounds: int) -> None:
@@ -159,8 +173,7 @@ def sizes(folder: Path, rounds: int) -> None:
         delta = random_delta(Checkpoint(model), rng)
         sdelta.save(delta, folder / f"{what}.sdelta")
         cases[what] = (model, delta, words_at(model, delta))
-        pages = sum(len(np.unique(t.indices // 2048)) for t in delta.tensors.values())
-        print(f"{what}: {model.stat().st_size:,} bytes, {delta.nnz:,} entries on {pages:,} pages")
+        print(f"{what}: {model.stat().st_size:,} bytes, {places(delta)}")
     times: Times = {}
     for number in range(rounds + 1):
         if number == 1:
@@ -181,7 +194,9 @@ def sizes(folder: Path, rounds: int) -> None:
             raw_writes(model, delta, before)
     found = tell(times)
     for what in ("merge", "command", "revert", "raw writes"):
-        print(f"{what}, 2.2 GB / 0.5 GB: {found[f'{what} 2.2 GB'] / found[f'{what} 0.5 GB']:.2f}")
+        pairs = zip(found[f"{what} 2.2 GB"], found[f"{what} 0.5 GB"], strict=True)
+        wall, used = (large / small for large, small in pairs)
+        print(f"{what}, 2.2 GB / 0.5 GB: {wall:.2f}, processor {used:.2f}")
 
 
 def raw_writes(model: Path, delta: SparseDelta, words: Mapping[str, Array]) -> None:
@@ -218,7 +233,7 @@ def huge(folder: Path, rounds: int) -> None:
         tell({what: taken[-1:] for what, taken in times.items()})
         shutil.rmtree(model)
         shutil.rmtree(other)
-    found = tell(times)
+    found = {what: wall for what, (wall, _) in tell(times).items()}
     print(f"merge / raw writes: {found['merge'] / found['raw writes']:.2f}")
     print(f"revert / raw writes back: {found['revert'] / found['raw writes back']:.2f}")
     both = found["raw writes"] + found["raw writes back"]
