@@ -23,7 +23,7 @@ FOLDERS = {"deltakit": PACKAGE, "cli": PACKAGE / "cli", "formats": PACKAGE / "fo
 HEAVY = ["accelerate", "datasets", "huggingface_hub", "matplotlib", "scipy", "sklearn", "torch"]
 HEAVY += ["transformers"]
 # Training works on torch modules; everything else does without.
-TORCH = ("deltakit.selection", "deltakit.training", "deltakit.live.apply")
+TORCH = ("deltakit.selection", "deltakit.training", "deltakit.live")
 PLAIN = {name: module for name, module in deltakit._EXPORTS.items() if not module.startswith(TORCH)}
 
 
