@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_factory import random_array, write_safetensors
+from checkpoint_factory import random_array, write_safetensors, write_sharded
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,6 +19,7 @@ import deltakit as dk
 from deltakit.cli.main import main
 from deltakit.dtypes import Array
 from deltakit.errors import BudgetError, ConfigError, DeltaError, OutputError
+from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta_stream import sdelta_stream
 
 
@@ -144,6 +145,27 @@ def test_a_stream_wants_tensors_in_order(tmp_path: Path) -> None:
         stream.add(two)
         stream.add(one)
     assert not (tmp_path / "out.sdelta").exists()
+
+
+def test_keys_of_the_configuration_that_a_delta_cannot_remove_are_named(tmp_path: Path) -> None:
+    """Where it changes the configuration at all, which it does for extras only."""
+    old, head = {"a": np.zeros(3, np.float32)}, {"head": np.ones(2, np.float32)}
+    config = {"b": None, "a": 1, "kept": 2, "torch_dtype": "float32"}
+    base = write_sharded(tmp_path / "base", [old], config)
+    tuned = write_sharded(tmp_path / "tuned", [old | head], {"kept": 3, "new": None})
+    out = tmp_path / "out.sdelta"
+    (note,) = dk.diff(base, tuned, out=out).notes
+    assert note == (
+        "config.json of the tuned side lacks a, b; a delta cannot remove keys, so merging keeps them "
+        "as in the base"
+    )
+    dk.merge(base, out, tmp_path / "merged")
+    assert Checkpoint(tmp_path / "merged").config() == {**config, "kept": 3, "new": None}
+    (file,) = Checkpoint(tuned).files
+    assert dk.diff(base, file, out=out).notes == ()
+    assert dk.diff(tuned, base, out=out, missing="ignore").notes == (
+        "the tuned side lacks head, which stay as in the base",
+    )
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

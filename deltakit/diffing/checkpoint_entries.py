@@ -82,6 +82,15 @@ class Sides:
             if key not in _UNRELATED and (key not in before or before[key] != value)
         }
 
+    def config_kept(self) -> list[str]:
+        """Keys of the base's config.json that the tuned form's lacks. A delta cannot remove them:
+        null is a value like any other there."""
+        after = self.tuned.config()
+        if after is None:
+            return []
+        gone = (self.base.config() or {}).keys() - after.keys() - _UNRELATED
+        return sorted(gone)
+
     def _differing(self, info: TensorInfo) -> tuple[Array, Array, Array]:
         """Flat indices of the words that differ, int64 [nnz], and the words of both, [nnz].
 

@@ -72,6 +72,12 @@ def report_of(
             f"new rows of {_some(sides.grown)} are kept whole; a delta holds no tokenizer, so take "
             f"its files from {sides.tuned.path}"
         )
+    kept = sides.config_kept() if stream.extras else []
+    if kept:
+        notes.append(
+            f"config.json of the tuned side lacks {', '.join(kept)}; a delta cannot remove keys, so "
+            "merging keeps them as in the base"
+        )
     return DiffReport(
         output=str(out),
         bytes=out.stat().st_size,
