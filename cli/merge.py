@@ -11,7 +11,8 @@ import click
 from deltakit.budget import format_bytes
 from deltakit.cli.options import (
     NUMBERS,
-    PATH,
+    SOURCE,
+    Source,
     count,
     force_option,
     json_option,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("paths", type=PATH, nargs=-1, required=True, metavar="BASE DELTA...")
+@click.argument("paths", type=SOURCE, nargs=-1, required=True, metavar="BASE DELTA...")
 @output_option("A file or folder to write; by default BASE-DELTA beside DELTA.")
 @click.option(
     "--weights", type=NUMBERS, metavar="W,...", help="One factor per delta, such as 0.5,0.5."
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 @force_option
 @json_option
 def command(
-    paths: tuple[Path, ...],
+    paths: tuple[Source, ...],
     output: Path | None,
     weights: tuple[float, ...] | None,
     method: str | None,
@@ -79,8 +80,9 @@ def command(
 
     BASE is a .safetensors file or a folder with a checkpoint, single or sharded; it is not changed
     unless --in-place is given, which writes entries only, whatever the size of BASE, and keeps what
-    was there in a journal beside it (--force: also through links). Arguments are told apart by content, so their order matters among deltas only. Every delta is
-    checked against BASE before anything is written.
+    was there in a journal beside it (--force: also through links). Both may be on the Hub:
+    hf://owner/repo[@revision][/file]. Arguments are told apart by content, so their order matters
+    among deltas only. Every delta is checked against BASE before anything is written.
 
     \b
     Examples:
@@ -89,6 +91,7 @@ def command(
       deltakit merge model/ a.sdelta b.sdelta --method ties --density 0.2
       deltakit merge model/ delta.sdelta --dry-run
       deltakit merge model/ delta.sdelta --in-place
+      deltakit merge hf://owner/model hf://owner/delta -o merged/
     """
     from deltakit.in_place.merge import merge_in_place
     from deltakit.merging.merge import merge
@@ -170,19 +173,17 @@ def _print_in_place(report: InPlaceReport, as_json: bool) -> None:
         click.echo(f"whole tensors written: {', '.join(report.extras)}")
 
 
-def split(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
-    """The base and the deltas among `paths`, told apart by content.
+def split(paths: Sequence[Source]) -> tuple[Source, list[Source]]:
+    """The base and the deltas among `paths`, told apart by content (on the Hub by file names).
 
     A broken file that calls itself .sdelta counts as a delta, so that reading it tells what is
     wrong. Raises MissingFileError for a path that does not exist and ConfigError unless there is
     exactly one base and at least one delta.
     """
-    from deltakit.formats.sdelta import is_sdelta
-
     for path in paths:
-        if not path.exists():
+        if isinstance(path, Path) and not path.exists():
             raise MissingFileError(f"no such file or folder: {path}")
-    deltas = [p for p in paths if p.is_file() and (p.suffix == ".sdelta" or is_sdelta(p))]
+    deltas = [path for path in paths if _is_delta(path)]
     bases = [p for p in paths if p not in deltas]
     if not deltas:
         raise ConfigError(f"no delta given: {', '.join(map(str, bases))} is no .sdelta file")
@@ -196,7 +197,16 @@ def split(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
     return bases[0], deltas
 
 
-def _made_for(delta: Path) -> str:
+def _is_delta(path: Source) -> bool:
+    from deltakit.formats.sdelta import is_sdelta
+    from deltakit.hub.locate import stands_for_delta
+
+    if isinstance(path, str):
+        return stands_for_delta(path)
+    return path.is_file() and (path.suffix == ".sdelta" or is_sdelta(path))
+
+
+def _made_for(delta: Source) -> str:
     from deltakit.formats.sdelta import SdeltaFile
 
     with SdeltaFile(delta) as file:

@@ -160,6 +160,18 @@ def test_the_other_commands_take_locations(published: HubServer, delta_file: Pat
         assert both.tensors[name].values.tobytes() == here.tensors[name].values.tobytes()
 
 
+def test_stacks_and_conversions_are_named_here(published: HubServer, delta_file: Path) -> None:
+    code, out, err = run("stack", "hf://org/news", delta_file, "--base", "hf://org/base")
+    assert (code, err) == (0, "")
+    assert out.startswith("news-linear.sdelta: 110 entries in 2 tensors of 2 deltas")
+    source = "hf://org/news/delta.sdelta"
+    code, _, _ = run("convert", source, "coo", "--to", "coo-safetensors", "--base", "hf://org/base")
+    assert code == 0
+    code, _, _ = run("convert", "coo", "back.sdelta", "--mode", "add", "--base", "hf://org/base")
+    assert code == 0
+    assert dk.load("back.sdelta").nnz == 110
+
+
 def test_inspecting_downloads_the_header_alone(published: HubServer, delta_file: Path) -> None:
     found = dk.inspect("hf://org/news")
     assert found.remote
