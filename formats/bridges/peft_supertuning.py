@@ -21,6 +21,7 @@ from deltakit.formats.bridges.peft_adapter import (
     weight_of,
 )
 from deltakit.formats.bridges.peft_rounding import all_fitted, rounded, rounding_note
+from deltakit.formats.bridges.peft_supra import FACTORS, with_factors
 from deltakit.formats.bridges.peft_writer import (
     filled,
     filling_note,
@@ -31,8 +32,7 @@ from deltakit.formats.bridges.peft_writer import (
 from deltakit.formats.checkpoint import Checkpoint
 
 _VALUES, _INDICES = "supertuning_values", "supertuning_indices"
-_LORA = ("supertuning_lora_A.weight", "supertuning_lora_B.weight")
-_MARKS = (_VALUES, _INDICES, *_LORA)
+_MARKS = (_VALUES, _INDICES, *FACTORS)
 
 
 @BRIDGES.register(
@@ -44,11 +44,13 @@ class PeftSupertuning(Bridge):
 
     Saved without indices, the support is computed from the base as PEFT does it; equal magnitudes
     in it make that ambiguous, and are refused. PEFT demands int(numel * (1 - sparsity)) entries of
-    every layer, with one sparsity for all.
+    every layer, with one sparsity for all. Of the hybrid Supra, W + v + alpha / r * B @ A, the
+    largest entries stay.
     """
 
     name = "peft-supertuning"
     writes = "add"
+    sparsifies = True  # the hybrid with low-rank factors
 
     def recognise(self, path: Path) -> str | None:
         return is_adapter(path, "SUPERTUNING", _MARKS, "PEFT Super-Tuning adapter")
@@ -58,16 +60,18 @@ class PeftSupertuning(Bridge):
         adapter = open_adapter(path, _MARKS)
         weights = [f"{module}.weight" for module in adapter.modules]
         names = checkpoint_names(weights, checkpoint, adapter.saved)
-        tensors = {
-            (name := names[f"{module}.weight"]): _tensor(adapter, module, name, checkpoint)
+        entries = {
+            module: _tensor(adapter, module, names[f"{module}.weight"], checkpoint)
             for module in adapter.modules
         }
+        tensors, energy, told = with_factors(adapter, entries, options, checkpoint)
         extras, notes = saved_whole(adapter, names, checkpoint)
+        notes += told
         if any(_INDICES not in keys for keys in adapter.modules.values()):
             notes.append("no indices were saved; they are computed from the base's weights")
         notes += rounding_note({name: tensor.kind for name, tensor in tensors.items()})
         delta = SparseDelta(tensors=tensors, extras=extras, base=adapter.identity())
-        return Reading(delta, tuple(notes))
+        return Reading(delta, tuple(notes), energy)
 
     def write(
         self, delta: SparseDelta, path: Path, *, base: Checkpoint | None, options: Options
@@ -110,15 +114,10 @@ def _sparsity(tensors: list[TensorDelta]) -> float:
 
 def _tensor(adapter: Adapter, module: str, name: str, base: Checkpoint) -> TensorDelta:
     keys = adapter.modules[module]
-    if set(keys) & set(_LORA):
-        raise FormatError(
-            f"module {module!r} has low-rank factors beside its entries (Supra), which are no "
-            "sparse delta; merge the adapter with PEFT and take `deltakit diff` of the result"
-        )
-    if _VALUES not in keys:
-        raise FormatError(f"module {module!r} has no {_VALUES}; the adapter is broken")
     shape, kind = weight_of(module, name, base)
-    values = adapter.array(keys[_VALUES])
+    values = adapter.array(keys[_VALUES]) if _VALUES in keys else np.zeros(())
+    if values.ndim != 1:
+        raise FormatError(f"module {module!r} has no {_VALUES} [k]; the adapter is broken")
     if _INDICES in keys:
         flat = adapter.array(keys[_INDICES])
         count = without_filling(adapter, module, len(values))
@@ -141,7 +140,7 @@ def _recomputed(adapter: Adapter, name: str, base: Checkpoint, values: Array) ->
     info = base.info(name)
     config = adapter.config
     sparsity, top = config.get("sparsity"), config.get("select_top", True)
-    if not isinstance(sparsity, (int, float)) or values.ndim != 1:
+    if not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
         raise FormatError(f"{adapter.folder}: the config has no sparsity to compute supports from")
     count = len(values)
     if count != _count(info.numel, sparsity):

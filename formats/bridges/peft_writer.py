@@ -138,13 +138,16 @@ def write_adapter(
         options.prefix + name if name in inside else name: array
         for name, array in delta.extras.items()
     }
+    heads = sorted({name.rpartition(".")[0] for name in extras})
+    if "" in heads:
+        raise ConfigError("the delta has an extra outside of any module, which PEFT cannot save")
     content = {
         "base_model_name_or_path": known.model_id,
         "revision": known.revision,
         "inference_mode": True,
         "task_type": None,
         "target_modules": sorted(modules),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in extras}) or None,
+        "modules_to_save": heads or None,
         **config,
     }
     keyed = {f"{PREFIX}{key}": array for key, array in {**arrays, **extras}.items()}
