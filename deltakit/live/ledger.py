@@ -16,7 +16,7 @@ from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.dtypes import Array, dtype
 from deltakit.errors import CoordinateError, nearest
 from deltakit.live.arrays import dtype_name
-from deltakit.live.words import Words, make_words, read_words, write_all
+from deltakit.live.words import Words, check_dtype, make_words, read_words, write_all
 from deltakit.merging.arithmetic import Contribution, merged_words
 from deltakit.merging.inputs import Input, common_extras
 
@@ -43,10 +43,11 @@ class Applied:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bits:
-    """The base's words [n] at sorted flat indices, int64 [n]."""
+    """The base's words [n] at sorted flat indices, int64 [n], and the dtype that they are of."""
 
     indices: Array
     words: Array
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,7 @@ class Ledger:
         words = read_words(name, tensor, at)
         kept = self.saved.get(name)
         if kept is not None:
+            check_dtype(name, tensor, kept.dtype)
             place = np.minimum(np.searchsorted(kept.indices, at), len(kept.indices) - 1)
             known = kept.indices[place] == at
             words[known] = kept.words[place[known]]
@@ -116,7 +118,9 @@ class Ledger:
         if parts:
             kind = dtype(dtype_name(tensor))
             new[own] = merged_words(base[own], support, parts, kind)
-        return Change(name, make_words(name, tensor, at, new), Bits(support, base[own]))
+        return Change(
+            name, make_words(name, tensor, at, new), Bits(support, base[own], tensor.dtype)
+        )
 
 
 def _union(indices: Sequence[Array]) -> Array:

@@ -39,6 +39,15 @@ def read_words(name: str, tensor: torch.Tensor, indices: Array) -> Array:
     return taken.cpu().numpy().view(f"u{tensor.element_size()}")
 
 
+def check_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise CoordinateError when a live tensor is not of the dtype that its words were read in."""
+    if tensor.dtype != dtype:
+        raise CoordinateError(
+            f"tensor {name!r} was {str(dtype).removeprefix('torch.')} when its weights were read "
+            f"and is {dtype_name(tensor)} now; its old bits do not fit it any more"
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Words:
     """Words [n] for flat indices, int64 [n], of one live tensor, on its device."""
@@ -72,11 +81,7 @@ def write_all(changes: Sequence[Words]) -> None:
     CoordinateError, before anything is written, when a live tensor changed its dtype meanwhile.
     """
     for change in changes:
-        if change.tensor.dtype != change.dtype:
-            raise CoordinateError(
-                f"tensor {change.name!r} was {change.dtype} when its weights were read and is "
-                f"{dtype_name(change.tensor)} now; its old bits do not fit it any more"
-            )
+        check_dtype(change.name, change.tensor, change.dtype)
     entries = sum(len(change.indices) for change in changes if change.tensor.device.type == "cpu")
     workers = min(torch.get_num_threads(), entries // _WORTH_A_THREAD, len(changes))
     if workers < 2:
