@@ -86,7 +86,9 @@ class TrainConfig:
     Raises ConfigError naming the setting, what was expected and what was found.
     """
 
-    model: str = setting("", text("MODEL"), MODEL, "base model: a local folder or a Hub id")
+    model: str = setting(
+        "", text("MODEL"), MODEL, "base model: a local folder, a Hub id or an hf:// location"
+    )
     revision: str | None = setting(None, text(), MODEL, "revision of a Hub model")
     dtype: str = setting(
         "auto",
