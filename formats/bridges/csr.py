@@ -25,7 +25,8 @@ def flat_of_rows(name: str, shape: tuple[int, ...], offsets: Array, columns: Arr
             f"tensor {name!r}: row offsets are {offsets.dtype} and columns {columns.dtype}, "
             "expected integers"
         )
-    per_row = np.diff(offsets.astype(np.int64))
+    starts: Array = offsets.astype(np.int64)
+    per_row = starts[1:] - starts[:-1]
     if offsets[0] != 0 or (per_row < 0).any() or offsets[-1] != columns.size:
         raise FormatError(
             f"tensor {name!r}: row offsets must rise from 0 to the {columns.size} columns, found "

@@ -104,6 +104,7 @@ class Id3Toolkit(Bridge):
 def _summary(path: Path) -> _Summary:
     """The five fields of either version, lists of fitting lengths."""
     found = torch_pickle.read(path, {_CLASS: _Pickled})
+    fields: list[Any]
     if isinstance(found, _Pickled):
         fields = [vars(found).get(name) for name in _FIELDS]
     elif isinstance(found, tuple) and len(found) == len(_FIELDS):
@@ -203,14 +204,15 @@ def _fitted(tensor: TensorDelta, base: Checkpoint) -> tuple[TensorDelta, bool]:
     with np.errstate(over="ignore"):
         values = trained.astype(info.kind.numpy)
         if values.astype(trained.dtype).tobytes() == trained.tobytes():
-            kept = {"dtype": info.dtype, "trained_dtype": tensor.dtype}
-            return replace(tensor, values=values, base_values=before, **kept), True
+            return replace(tensor, dtype=info.dtype, values=values, base_values=before), True
         wide = before.view(info.kind.numpy).astype(trained.dtype).view(tensor.kind.words)
     change = proven_differences(wide, tensor.values, tensor.kind)
     if change is not None and info.kind.compute == change.dtype:
         return replace(tensor, dtype=info.dtype, mode="add", values=change), True
-    plain = {"dtype": info.dtype, "trained_dtype": info.dtype}
-    return replace(tensor, values=values, base_values=before, **plain), False
+    kept = replace(
+        tensor, dtype=info.dtype, trained_dtype=info.dtype, values=values, base_values=before
+    )
+    return kept, False
 
 
 def _statistics(

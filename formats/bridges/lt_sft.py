@@ -98,7 +98,8 @@ def _components(file: Path, content: Any) -> tuple[Mapping[str, Any], Mapping[st
     """The differences and the whole tensors of any generation."""
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise FormatError(f"{file} holds {type(content).__name__}, expected tensors by name")
-    diffs, whole = content, {}
+    diffs: Any = content
+    whole: Any = {}
     for sparse, dense in _GENERATIONS:
         if sparse in content or dense in content:
             diffs, whole = content.get(sparse, {}), content.get(dense) or {}

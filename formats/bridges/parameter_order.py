@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def order_of(base: Checkpoint, shapes: Sequence[Shape | None], batch_norms: int)
     if base.directory is None or not (base.directory / "config.json").is_file():
         return _by_shape(base, shapes, batch_norms)
     fitting = []
-    for name, model in _models(base, shapes):
+    for name, model in _models(base.directory, _own_classes(base), shapes):
         if _fits(model, shapes, batch_norms):
             fitting += _order(name, model, base)
     if not fitting:
@@ -77,15 +78,17 @@ def _own_classes(base: Checkpoint) -> list[str]:
     return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
-def _models(base: Checkpoint, shapes: Sequence[Shape | None]) -> Iterator[tuple[str, Any]]:
+def _models(
+    folder: Path, own: Sequence[str], shapes: Sequence[Shape | None]
+) -> Iterator[tuple[str, Any]]:
     """Models without data: of the classes that config.json names, then of all others that
     transformers has for the architecture, with as many labels as the last shape has rows."""
-    config = transformers.AutoConfig.from_pretrained(base.directory, local_files_only=True)
-    own = [name for name in _own_classes(base) if hasattr(transformers, name)]
-    classes: dict[str, Any] = {name: getattr(transformers, name) for name in own}
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    known = [name for name in own if hasattr(transformers, name)]
+    classes: dict[str, Any] = {name: getattr(transformers, name) for name in known}
     for mapping in vars(modeling_auto).values():
         if isinstance(mapping, _LazyAutoMapping) and type(config) in mapping:
-            found = mapping[type(config)]
+            found: Any = mapping[type(config)]
             for made in found if isinstance(found, (tuple, list)) else [found]:
                 classes.setdefault(made.__name__, made)
     last = next((shape for shape in reversed(shapes) if shape), None)

@@ -26,8 +26,10 @@ from deltakit.errors import ConfigError, FormatError
 _PEEKED = 2**16  # bytes of a pickle that recognition looks at
 _OLDEST_TORCH = (2, 6)
 # Whatever torch runs into where a pickle does not say what torch.save writes.
-_DAMAGE = (pickle.UnpicklingError, RuntimeError, LookupError, ValueError, TypeError, OSError)
-_DAMAGE += (AttributeError, AssertionError, EOFError, ArithmeticError, MemoryError, struct.error)
+_DAMAGE: tuple[type[Exception], ...] = (
+    *(pickle.UnpicklingError, RuntimeError, LookupError, ValueError, TypeError, OSError),
+    *(AttributeError, AssertionError, EOFError, ArithmeticError, MemoryError, struct.error),
+)
 _GLOBAL = re.compile(r"GLOBAL:? (?:GLOBAL )?([\w.]+)")
 
 

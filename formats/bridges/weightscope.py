@@ -153,7 +153,7 @@ def _record(fields: Any, path: Path) -> _Record:
     except (KeyError, TypeError):
         raise FormatError(f"{path}: a tensor's record lacks a field") from None
     what = f"{path}: tensor {name!r}"
-    sizes = [None]
+    sizes: list[Any] = [None]
     if isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS:
         sizes = [*shape, offset, size, count]
     if not isinstance(name, str) or kind not in ("delta", "new") or dtype not in DTYPE_NAMES:

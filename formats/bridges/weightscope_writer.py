@@ -40,7 +40,7 @@ def sha256_of(base: Checkpoint, name: str) -> str:
     """The sha256 of a base tensor's bytes, hexadecimal."""
     digest = hashlib.sha256()
     for start in range(0, base.info(name).numel, _HASHED):
-        digest.update(base.read(name, start, start + _HASHED))
+        digest.update(base.read(name, start, start + _HASHED).data)
     return digest.hexdigest()
 
 
@@ -56,8 +56,11 @@ def write_patch(delta: SparseDelta, path: Path, base: Checkpoint | None) -> tupl
         width = 4 if tensor.numel < 2**32 else 8
         blobs += [tensor.indices.astype(f"<u{width}").tobytes(), tensor.values.tobytes()]
         size = tensor.nnz * (width + tensor.kind.itemsize)
-        fields = {"n_changed": tensor.nnz, "index_width": width}
-        fields |= {"base_sha256": sha256_of(checkpoint, tensor.name)}
+        fields = {
+            "n_changed": tensor.nnz,
+            "index_width": width,
+            "base_sha256": sha256_of(checkpoint, tensor.name),
+        }
         records.append(_record("delta", tensor.name, tensor.shape, tensor.dtype, at, size) | fields)
         at += size
     for name, array in delta.extras.items():
