@@ -242,6 +242,30 @@ def test_the_stack_is_the_one_of_the_weights_and_measures_as_recorded(
     assert dk.load(tmp_path / "two.sdelta").equals(found.delta)
 
 
+def test_parts_of_a_delta_trained_on_the_demo_base(tmp_path: Path) -> None:
+    """Real weights, real text: better than any plain choice, and what `evaluate` measures."""
+    source = Path(dk.__file__).parent / "demo_data"
+    (tmp_path / "data").mkdir()
+    for split, rows in (("train", 60), ("validation", 30)):
+        lines = (source / "tasks/family" / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(lines[:: len(lines) // rows]))
+    common: dict[str, Any] = {"model": source / "base", "data": tmp_path / "data", "task": TASK}
+    flags = [part for name, value in common.items() for part in (f"--{name}", value)]
+    flags += ["--budget", 5000, "--max-steps", 5, "--lr", 0.02, "--method", "random"]
+    flags += ["--max-length", 24, "--batch-size", 12, "--eval-strategy", "no"]
+    _deltakit("train", *flags, "--output-dir", tmp_path / "run")
+    trained = dk.load(tmp_path / "run/delta.sdelta")
+    parts = [["encoder.layer.0", "encoder.layer.1", "classifier"], ["encoder.layer.[23]*"]]
+    deltas = [dk.restrict(trained, part) for part in parts]
+    found = dk.tune_weights(deltas, **common, evaluations=8, settings={"max_length": 24})
+    plain, searched = found.search.evaluations[:4], found.search.evaluations[4:]
+    assert found.search.value == min(e.value for e in searched) < min(e.value for e in plain)
+    dk.save(found.delta, tmp_path / "tuned.sdelta")
+    config = EvaluateConfig(**{k: str(v) for k, v in common.items()}, max_length=24)
+    metrics = evaluate(config, [tmp_path / "tuned.sdelta"])["metrics"]
+    assert metrics == min(found.search.evaluations, key=lambda e: e.value).metrics
+
+
 def test_the_same_seed_gives_the_same_search_and_file(work: Path) -> None:
     one, other = _tune(work), _tune(work)
     assert one.search.record() == other.search.record()

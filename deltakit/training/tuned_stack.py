@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from deltakit.combine.method import METHODS, make_method, option_names
@@ -133,8 +134,8 @@ def _told(total: int, metric: str, say: Say) -> Iterator[Callable[[Evaluation], 
 
     def tell(new: Evaluation) -> None:
         made.append(new)
-        mean = sum(e.seconds for e in made) / len(made)
-        minutes, seconds = divmod(round(mean * (total - len(made))), 60)
+        usual = median(e.seconds for e in made)  # the first one warms up
+        minutes, seconds = divmod(round(usual * (total - len(made))), 60)
         lowest = " (lowest so far)" if best_of(made) is new else ""
         say(
             f"{new.number}/{total} {new.origin} {show(new.weights)}: {metric} "
@@ -156,7 +157,7 @@ def _told(total: int, metric: str, say: Say) -> Iterator[Callable[[Evaluation], 
 
 def _measured_on(ready: Evaluator) -> dict[str, Any]:
     """The data of a search; a file that travels tells no folders of its maker."""
-    paths = {name: Path(getattr(ready.config, name)) for name in ("model", "data")}
-    told = {name: path.name if path.exists() else str(path) for name, path in paths.items()}
+    given = {name: getattr(ready.config, name) for name in ("model", "data")}
+    told = {name: Path(at).name if Path(at).exists() else at for name, at in given.items()}
     where = {"task": ready.config.task, "split": ready.split, "examples": len(ready.examples)}
     return {**told, **where}
