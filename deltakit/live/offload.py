@@ -25,9 +25,10 @@ def resident(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.T
         return tensor
     path, _, leaf = name.rpartition(".")
     for hook in _hooks(getattr(model.get_submodule(path), "_hf_hook", None)):
-        held, key = getattr(hook, "weights_map", None), leaf
+        held: Any = getattr(hook, "weights_map", None)
+        key = leaf
         while hasattr(held, "prefix"):  # a view of a larger map
-            held, key = getattr(held, "dataset", None), f"{held.prefix}{key}"
+            held, key = held.dataset, f"{held.prefix}{key}"
         held = getattr(held, "state_dict", held)  # a loader: its part in memory
         found = held.get(key) if isinstance(held, dict) else None
         if isinstance(found, torch.Tensor):
