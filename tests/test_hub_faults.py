@@ -81,13 +81,17 @@ def test_a_token_that_is_not_known(news: HubServer) -> None:
 
 @pytest.mark.parametrize("broken", [f"{TOKEN}é", f"{TOKEN}\0"])
 def test_a_token_that_is_none(
-    news: HubServer, monkeypatch: pytest.MonkeyPatch, broken: str
+    news: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    broken: str,
 ) -> None:
     """The HTTP library quotes a header that it refuses (as of a token file in UTF-16)."""
     monkeypatch.delenv("HF_TOKEN")
     Path(constants.HF_TOKEN_PATH).parent.mkdir()
     Path(constants.HF_TOKEN_PATH).write_text(broken, "utf-8")
     assert "holds characters that no token has" in told(HubAccessError)
+    assert TOKEN not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -125,6 +129,9 @@ def test_ranges_are_tried_again_too(news: HubServer) -> None:
 
 def test_a_hub_that_is_away(news: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     news.stop()
+    assert f"{news.url} cannot be reached" in told(HubUnavailableError)
+    secret = news.url.replace("//", f"//me:{TOKEN}@")
+    monkeypatch.setattr(constants, "ENDPOINT", secret)
     assert f"{news.url} cannot be reached" in told(HubUnavailableError)
 
 

@@ -7,6 +7,7 @@ which may quote headers and signed addresses. So no token can be in them.
 from __future__ import annotations
 
 import errno
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,9 +87,9 @@ def _asked_wait(error: Exception) -> float:
 
 
 def _explanation(error: Exception, location: Location) -> Exception | None:
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
-    page = f"{constants.ENDPOINT}/{location.repo}"
+    page = f"{_endpoint()}/{location.repo}"
     if isinstance(error, errors.GatedRepoError):
         return HubAccessError(f"{location} is gated: ask for access on {page}, then {_LOG_IN}")
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -121,10 +122,17 @@ def _explanation(error: Exception, location: Location) -> Exception | None:
         return _unreachable(location)
     if isinstance(error, errors.FileMetadataError):
         return HubError(
-            f"{location}: {constants.ENDPOINT} does not answer as a Hub does; check HF_ENDPOINT and "
+            f"{location}: {_endpoint()} does not answer as a Hub does; check HF_ENDPOINT and "
             "your proxy"
         )
     return _of_the_system(error, location) if isinstance(error, OSError) else None
+
+
+def _endpoint() -> str:
+    """The address of the Hub, without a name and password that may stand in it."""
+    from huggingface_hub import constants
+
+    return re.sub(r"//[^/]*@", "//", constants.ENDPOINT)
 
 
 def _refused(status: int, location: Location) -> HubError:
@@ -151,10 +159,8 @@ def _refused(status: int, location: Location) -> HubError:
 
 
 def _unreachable(location: Location) -> HubUnavailableError:
-    from huggingface_hub import constants
-
     return HubUnavailableError(
-        f"{location}: {constants.ENDPOINT} cannot be reached, or the connection was lost; check your "
+        f"{location}: {_endpoint()} cannot be reached, or the connection was lost; check your "
         "network, proxy and HF_ENDPOINT, and try again"
     )
 

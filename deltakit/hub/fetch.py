@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from deltakit.errors import ChecksumError
@@ -38,7 +39,7 @@ def fetch(listing: Listing, names: Iterable[str]) -> Path:
             file = Path(hf_hub_download(repo, name, revision=listing.commit))
         _check(file, listing.files.get(name, Entry()), str(place))
     if listing.away is None:
-        with explained(listing.location):
+        with suppress(OSError):  # a cache that is only read serves as well
             cache.remember(repo, listing.location.revision, listing.commit)
     return listing.folder
 
