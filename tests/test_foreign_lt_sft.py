@@ -136,6 +136,15 @@ def test_a_large_tensor_is_read_by_its_shape_alone(tmp_path: Path) -> None:
     assert tensor.indices.tolist() == [5 * columns, rows * columns - 1]
 
 
+@pytest.mark.parametrize("encode", [lt_sft_encoding, earliest_encoding])
+def test_long_lists_are_recognised_by_what_stands_before_them(
+    tmp_path: Path, encode: Callable[[torch.Tensor], dict[str, Any]]
+) -> None:
+    path = save_as(tmp_path / "a.bin", {"body": {"w": encode(torch.ones(300, 400))}, "head": {}})
+    assert recognise(path)[0] == "lt-sft"
+    assert read(path).nnz == 120_000
+
+
 def test_without_a_base_names_and_dtype_are_the_files_own(tmp_path: Path) -> None:
     change = dense((4, 5), random_entries((4, 5), 6, 0, torch.bfloat16))
     path = save_as(

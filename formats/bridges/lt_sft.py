@@ -69,8 +69,8 @@ class LtSft(Bridge):
         seen = torch_pickle.peek(_file(path))
         if seen is None or "EMPTY_DICT" not in seen.opcodes[:2]:
             return None
-        keys = set(seen.strings)
-        if not keys & {"index_steps", "indices"} or not {"size", "values"} <= keys:
+        keys = set(seen.strings)  # "values" stands behind the indices, perhaps megabytes of them
+        if "size" not in keys or not keys & {"index_steps", "indices"}:
             return None
         return "LT-SFT differences (composable-sft)"
 
