@@ -458,6 +458,8 @@ def test_states_that_do_not_match_are_refused(tmp_path: Path) -> None:
     assert stream.position == Position(0, dk.state_digest(state))
     with pytest.raises(ConfigError, match="step -1 cannot be"):
         dk.PatchStream(state, start=-1)
+    with pytest.raises(ConfigError, match="step -2 cannot be"):
+        dk.diff(state, state, step=-2)
     with pytest.raises(ConfigError, match="are for diffs of files"):
         dk.diff(state, state, out=tmp_path / "x.sdelta")  # type: ignore[call-overload]
     assert not list(tmp_path.iterdir())

@@ -7,8 +7,8 @@
     apply(server_model, load("patch-1.sdelta")) # refuses a missing, repeated or foreign patch
 
 In bfloat16 a small update rarely changes the bits of a weight, so a step of reinforcement learning
-changes about 1 % of them (PULSE, 2026), and a patch is a hundredth of the model. Patches hold the
-new bits, so following them reproduces the trained weights exactly; differences would not.
+changes about 1 % of them (PULSE, arXiv 2602.03839, 2026). Patches hold the new bits themselves, so
+whoever follows them has the trained weights exactly.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ def diff_states(
     for a module, and `names` (name in a state dict -> name in the checkpoint) for state dicts.
     step: makes it the patch step -> step + 1, which `apply` checks; that reads all weights once
     more for their digest, which a `PatchStream` does only at its start.
-    keep_base: whether the bits before stay beside, which weights, stacking and reverting files need.
+    keep_base: whether the bits before stay beside, which weights, stacking and truncation need.
 
-    Raises CoordinateError for other tensors or shapes, DeltaError for other dtypes.
+    Raises CoordinateError for other tensors or shapes, DeltaError for other dtypes, ConfigError for
+    a negative step.
     """
+    _require_step(step or 0)
     old, new = (flat_tensors(side, names) for side in _alike_tied(before, after))
     found = differences(old, new, keep_base=keep_base)
     if step is None:
@@ -80,8 +82,7 @@ class PatchStream:
         keep_base: bool = False,
         on_host: bool = True,
     ) -> None:
-        if start < 0:
-            raise ConfigError(f"step {start} cannot be: steps count from 0")
+        _require_step(start)
         self._names, self._keep_base = names, keep_base
         tensors = flat_tensors(state, names).items()
         self._last = {name: tensor.copied(on_host) for name, tensor in tensors}
@@ -127,6 +128,11 @@ def _require_tied(state: Mapping[str, torch.Tensor], name: str, first: str) -> N
         raise CoordinateError(
             f"tensors {name!r} and {first!r} share their memory in one state and differ in the other"
         )
+
+
+def _require_step(step: int) -> None:
+    if step < 0:
+        raise ConfigError(f"step {step} cannot be: steps count from 0")
 
 
 def _moved(step: int, digest: str, found: Sequence[Difference]) -> Position:
