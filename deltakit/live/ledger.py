@@ -68,10 +68,13 @@ class Ledger:
 
     def base_words(self, name: str, tensor: torch.Tensor, at: Array) -> Array:
         """The base's words [n] at sorted flat indices [n] of a live tensor."""
-        words = read_words(name, tensor, at)
         kept = self.saved.get(name)
         if kept is not None:
             check_dtype(name, tensor, kept.dtype)
+            if np.array_equal(kept.indices, at):
+                return kept.words.copy()
+        words = read_words(name, tensor, at)
+        if kept is not None:
             place = np.minimum(np.searchsorted(kept.indices, at), len(kept.indices) - 1)
             known = kept.indices[place] == at
             words[known] = kept.words[place[known]]
@@ -124,9 +127,12 @@ class Ledger:
 
 
 def _union(indices: Sequence[Array]) -> Array:
-    if len(indices) == 1:
-        return indices[0]
-    return np.unique(np.concatenate(indices)) if indices else np.zeros(0, np.int64)
+    given = [each for each in indices if len(each)]
+    if len(given) < 2:
+        return given[0] if given else np.zeros(0, np.int64)
+    together = np.concatenate(given)
+    together.sort(kind="stable")  # merges what is sorted already
+    return together[np.concatenate([[True], together[1:] != together[:-1]])]
 
 
 def _find(name: str, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
