@@ -196,7 +196,8 @@ def evaluate(
     """
     loaded = [load(path) for path in deltas]
     ready = Evaluator.of(config, loaded, split, say)
-    apply(ready.model, loaded, base=ready.base, allow_base_mismatch=allow_base_mismatch)
+    if loaded:
+        apply(ready.model, loaded, base=ready.base, allow_base_mismatch=allow_base_mismatch)
     found = ready.predict(digests=predictions is not None)
     if predictions is not None:
         _write_predictions(ready.problem, found, predictions)
