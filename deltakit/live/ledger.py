@@ -132,7 +132,7 @@ def _union(indices: Sequence[Array]) -> Array:
         return given[0] if given else np.zeros(0, np.int64)
     together = np.concatenate(given)
     together.sort(kind="stable")  # merges what is sorted already
-    return together[np.concatenate([[True], together[1:] != together[:-1]])]
+    return np.asarray(together[np.concatenate([[True], together[1:] != together[:-1]])])
 
 
 def _find(name: str, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
