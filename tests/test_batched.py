@@ -1,4 +1,4 @@
-"""Mixed batches: every row gives what it gives alone with its own delta, on any model or not at all."""
+"""Mixed batches: every row gives what it gives alone with its own delta, or is refused."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_position_ids_that_all_rows_share() -> None:
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp4", "int8"])
 def test_quantised_linear_layers(scheme: str) -> None:
-    """The quantised base is left alone: what entries add is what they add to dequantised weights."""
+    """Codes are left alone: entries add what they add to the dequantised weights."""
     nn = pytest.importorskip("bitsandbytes").nn
     model = model_of("llama", torch.float32)
     plain = copy.deepcopy(model)
