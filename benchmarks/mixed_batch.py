@@ -7,8 +7,8 @@
 shape and a Llama of 8 layers of 1,024 features. Contestants take turns in one process: one plain
 forward pass of the 16 rows, one mixed one, and for each task in turn apply, a pass of its two
 rows, revert. Printed are ratios of medians, for 64 tokens per row and for one (a step of generation
-without its cache). Memory: what a mixed batch keeps, and the peak of a pass above the plain one's,
-over the size of the model's weights.
+without its cache). Memory: what a mixed batch keeps, by the growth of the resident size, over the
+size of the model's weights.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def contestants(
         "plain": plain,
         "mixed": at_once,
         "separate": separate,
-        "separate, switching for nothing": separate_without_switching,
+        "separate, switching for free": separate_without_switching,
     }
 
 
