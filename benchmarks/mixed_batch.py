@@ -27,7 +27,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import deltakit as dk
-from deltakit.live.batched import MixedBatch, mixed_batch
+from deltakit.mixed.batch import MixedBatch, mixed_batch
 
 ROWS, TASKS, DENSITY = 16, 8, 0.001
 TOKENS = (64, 1)

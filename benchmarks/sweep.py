@@ -28,7 +28,7 @@ ROWS: dict[str, list[str]] = {
     "ID3 exp 0, lr 1e-3": [*ID3, "--lr", "1e-3"],
     "ID3 exp 0, lr 3e-3": [*ID3, "--lr", "3e-3"],
     "ID3 exp 0, lr 1e-2": [*ID3, "--lr", "1e-2"],
-    "ID3 exp -1, eps 0, lr 1e-2": [*ID3, "--exp", "-1", "--eps", "0", "--lr", "1e-2"],
+    "ID3 exp -1, eps 1e-6, lr 1e-2": [*ID3, "--exp", "-1", "--eps", "1e-6", "--lr", "1e-2"],
     "ID3 exp 1, eps 1e-6, lr 1e-2": [*ID3, "--exp", "1", "--eps", "1e-6", "--lr", "1e-2"],
     "ID3 exp 2, eps 1e-6, lr 1e-2": [*ID3, "--exp", "2", "--eps", "1e-6", "--lr", "1e-2"],
     "ID3 exp 0, global, lr 3e-3": [*ID3, "--allocation", "global", "--lr", "3e-3"],

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from deltakit.algebra import subtract as subtract
     from deltakit.analyses import distances as distances
     from deltakit.analyses import unmasking_history as unmasking_history
-    from deltakit.chains import compose as compose
     from deltakit.comparing.compare import compare as compare
     from deltakit.conversion import convert as convert
     from deltakit.delta import BaseIdentity as BaseIdentity
@@ -36,11 +35,12 @@ if TYPE_CHECKING:
     from deltakit.live.apply import applied as applied
     from deltakit.live.apply import apply as apply
     from deltakit.live.bank import DeltaBank as DeltaBank
-    from deltakit.live.following import chain_position as chain_position
-    from deltakit.live.patches import PatchStream as PatchStream
     from deltakit.live.state import guard as guard
-    from deltakit.live.state_dict_diff import state_digest as state_digest
     from deltakit.merging.merge import merge as merge
+    from deltakit.patching.chain import compose as compose
+    from deltakit.patching.following import chain_position as chain_position
+    from deltakit.patching.states import state_digest as state_digest
+    from deltakit.patching.stream import PatchStream as PatchStream
     from deltakit.rebasing import rebase as rebase
     from deltakit.selection import ID3 as ID3
     from deltakit.selection import BernoulliMask as BernoulliMask
@@ -84,7 +84,7 @@ _EXPORTS = {
     "ID3": "deltakit.selection",
     "Increment": "deltakit.selection",
     "NMMask": "deltakit.selection",
-    "PatchStream": "deltakit.live.patches",
+    "PatchStream": "deltakit.patching.stream",
     "RandomMask": "deltakit.selection",
     "Repeat": "deltakit.selection",
     "RowMask": "deltakit.selection",
@@ -98,9 +98,9 @@ _EXPORTS = {
     "add": "deltakit.algebra",
     "applied": "deltakit.live.apply",
     "apply": "deltakit.live.apply",
-    "chain_position": "deltakit.live.following",
+    "chain_position": "deltakit.patching.following",
     "compare": "deltakit.comparing.compare",
-    "compose": "deltakit.chains",
+    "compose": "deltakit.patching.chain",
     "convert": "deltakit.conversion",
     "diff": "deltakit.diffing.diff",
     "distances": "deltakit.analyses",
@@ -119,7 +119,7 @@ _EXPORTS = {
     "save": "deltakit.formats.sdelta",
     "scale": "deltakit.algebra",
     "stack": "deltakit.stacking",
-    "state_digest": "deltakit.live.state_dict_diff",
+    "state_digest": "deltakit.patching.states",
     "subtract": "deltakit.algebra",
     "to_scipy": "deltakit.sparse_arrays",
     "to_torch": "deltakit.sparse_arrays",

@@ -22,8 +22,9 @@ PACKAGE = Path(deltakit.__file__).parent  # what is tested: the checkout or what
 FOLDERS = {"deltakit": PACKAGE, "cli": PACKAGE / "cli", "formats": PACKAGE / "formats"}
 HEAVY = ["accelerate", "datasets", "huggingface_hub", "matplotlib", "scipy", "sklearn", "torch"]
 HEAVY += ["transformers"]
-# Training works on torch modules; everything else does without.
+# Training and live models work on torch modules; everything else does without.
 TORCH = ("deltakit.selection", "deltakit.training", "deltakit.live")
+TORCH += ("deltakit.patching.states", "deltakit.patching.stream", "deltakit.patching.following")
 PLAIN = {name: module for name, module in deltakit._EXPORTS.items() if not module.startswith(TORCH)}
 
 

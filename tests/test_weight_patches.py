@@ -18,14 +18,14 @@ from tiny_models import write_gpt2
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import deltakit as dk
-from deltakit.chains import Link, Position, link_of
 from deltakit.dtypes import DTYPES, DType
 from deltakit.errors import BaseMismatchError, ConfigError, CoordinateError, DeltaError
 from deltakit.formats.seeded import philox_words
 from deltakit.identity import sample_positions
-from deltakit.live import state_dict_diff
-from deltakit.live.state_dict_diff import FlatTensor, differing, flat_tensors
-from deltakit.live.state_digests import TensorKeys
+from deltakit.patching import states
+from deltakit.patching.chain import Link, Position, link_of
+from deltakit.patching.digests import TensorKeys
+from deltakit.patching.states import FlatTensor, differing, flat_tensors
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "rl_weight_patches.py"
 State = dict[str, torch.Tensor]
@@ -94,7 +94,7 @@ def snapshot(model: torch.nn.Module) -> State:
 def test_what_differs_is_what_a_dense_comparison_finds(
     monkeypatch: pytest.MonkeyPatch, name: str, count: int, where: str
 ) -> None:
-    monkeypatch.setattr(state_dict_diff, "CHUNK", 64)
+    monkeypatch.setattr(states, "CHUNK", 64)
     kind = DTYPES[name]
     old, new = random_words(kind, count, 1), random_words(kind, count, 2)
     same = np.random.default_rng(3).random(count) < 0.8

@@ -27,7 +27,7 @@ from deltakit.identity import identify
 from deltakit.truncation import truncate
 
 if TYPE_CHECKING:
-    from deltakit.live.state_dict_diff import State
+    from deltakit.patching.states import State
 
 Given = str | os.PathLike[str] | Checkpoint
 Missing = Literal["error", "ignore"]
@@ -92,7 +92,7 @@ def diff(
     """The delta that turns `base` into `tuned`; both are files or folders, sharded as they like.
 
     Either may also be a live module or state dict, for which keep_base, step and names alone apply:
-    see `deltakit.live.patches.diff_states`; step makes the delta the patch step -> step + 1.
+    see `deltakit.patching.stream.diff_states`; step makes the delta the patch step -> step + 1.
 
     mode: "set" stores the tuned bits; "add" stores differences where base + v gives the tuned bits
     back, entry for entry, and falls back to "set" for every tensor where it does not.
@@ -121,7 +121,7 @@ def diff(
                 "mode, missing, budget, density, out and progress are for diffs of files; truncate "
                 "and save the delta of live weights or a patch afterwards"
             )
-        from deltakit.live.patches import diff_states
+        from deltakit.patching.stream import diff_states
 
         return diff_states(base, tuned, step=step, keep_base=keep_base, names=names)
     old, new = (c if isinstance(c, Checkpoint) else Checkpoint(os.fspath(c)) for c in files)

@@ -11,7 +11,6 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from deltakit.chains import link_of
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.dtypes import Array, dtype, dtype_of
 from deltakit.errors import ConfigError, CoordinateError, nearest
@@ -24,6 +23,7 @@ from deltakit.live.offload import check_resident
 from deltakit.live.state import State, state_of
 from deltakit.live.translation import read_stored, to_model
 from deltakit.merging.inputs import Given, Input, read_inputs
+from deltakit.patching.chain import link_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,12 +177,12 @@ def apply(
     shapes the model lacks, BaseMismatchError for a delta of another base, ConfigError for weights
     that do not fit, DeltaError for extras and `set` entries that differ.
 
-    A weight patch (see `deltakit.live.patches`), or consecutive ones, moves the base itself on,
-    where it is the next of its chain; see `deltakit.live.following.follow`.
+    A weight patch (see `deltakit.patching.stream`), or consecutive ones, moves the base itself on,
+    where it is the next of its chain; see `deltakit.patching.following.follow`.
     """
     inputs: list[Input] = read_inputs(deltas, weights)
     if any(link_of(each.delta) for each in inputs):
-        from deltakit.live.following import follow  # builds on this module
+        from deltakit.patching.following import follow  # builds on this module
 
         return follow(Locator(model, base, allow_base_mismatch), inputs)
     handle = Handle(Locator(model, base, allow_base_mismatch))

@@ -22,7 +22,7 @@ from deltakit.live.words import write_all
 from deltakit.merging.inputs import Given, read_inputs
 
 if TYPE_CHECKING:
-    from deltakit.live.batched import MixedBatch
+    from deltakit.mixed.batch import MixedBatch
 
 
 class DeltaBank:
@@ -133,11 +133,11 @@ class DeltaBank:
             return parameter_entries(self.model, self._load(task))
 
     def batched(self, tasks: Sequence[str | None]) -> AbstractContextManager[None]:
-        """A block in which row i of every batch belongs to tasks[i]; see `live.batched`.
+        """A block in which row i of every batch belongs to tasks[i]; see `deltakit.mixed.batch`.
 
         Raises ConfigError while a task is active.
         """
-        from deltakit.live.batched import mixed_batch
+        from deltakit.mixed.batch import mixed_batch
 
         with state_of(self.model).changing():
             if self._active is not None:

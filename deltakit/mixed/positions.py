@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from deltakit.live.batched_changes import Change
-from deltakit.live.batched_module import Changed, Place, in_place_of
-from deltakit.live.batched_rows import Rows
-from deltakit.live.batched_watch import Watch
+from deltakit.mixed.changes import Change
+from deltakit.mixed.module import Changed, Place, in_place_of
+from deltakit.mixed.rows import Rows
+from deltakit.mixed.watch import Watch
 
 LAYER = "relative_attention_bias"
 METHOD = "compute_bias"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from deltakit.errors import ConfigError
-from deltakit.live.batched_changes import Change
-from deltakit.live.batched_rows import Rows
+from deltakit.mixed.changes import Change
+from deltakit.mixed.rows import Rows
 
 
 class BatchedEmbedding:

@@ -14,11 +14,11 @@ import torch
 from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError, nearest
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.live.batched_changes import Change, changes_of
-from deltakit.live.batched_layers import Hook, is_model, plan, quantised_shapes
-from deltakit.live.batched_positions import METHOD
-from deltakit.live.batched_rows import Rows
-from deltakit.live.batched_watch import Watch
+from deltakit.mixed.changes import Change, changes_of
+from deltakit.mixed.layers import Hook, is_model, plan, quantised_shapes
+from deltakit.mixed.positions import METHOD
+from deltakit.mixed.rows import Rows
+from deltakit.mixed.watch import Watch
 
 _entered: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _lock = threading.Lock()

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from deltakit.errors import ConfigError
-from deltakit.live.batched_changes import Change
-from deltakit.live.batched_embedding import BatchedEmbedding
-from deltakit.live.batched_linear import BatchedLinear
-from deltakit.live.batched_module import BatchedModule, Place
-from deltakit.live.batched_positions import LAYER, BatchedPositions, makes_positions
-from deltakit.live.batched_rows import Rows
+from deltakit.mixed.changes import Change
+from deltakit.mixed.embedding import BatchedEmbedding
+from deltakit.mixed.linear import BatchedLinear
+from deltakit.mixed.module import BatchedModule, Place
+from deltakit.mixed.positions import LAYER, BatchedPositions, makes_positions
+from deltakit.mixed.rows import Rows
 
 Hook = Callable[[Rows, tuple[Any, ...], Mapping[str, Any], Any], Any]
 

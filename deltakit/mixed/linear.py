@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from deltakit.live.batched_changes import Change
-from deltakit.live.batched_rows import Rows, select
+from deltakit.mixed.changes import Change
+from deltakit.mixed.rows import Rows, select
 
 BUFFER = 2**18  # elements gathered at once: 1 MiB in float32 stays in the cache
 GATHERED = 0.7  # of a layer's input and output features: entries up to which a task is gathered

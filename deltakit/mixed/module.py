@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from deltakit.errors import ConfigError
-from deltakit.live.batched_changes import Change
-from deltakit.live.batched_rows import Rows, select
+from deltakit.mixed.changes import Change
+from deltakit.mixed.rows import Rows, select
 
 KEPT = 2**16  # elements of a changed tensor up to which it is made once and kept
 

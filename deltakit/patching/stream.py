@@ -17,10 +17,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from deltakit.chains import Link, Position
 from deltakit.delta import BaseIdentity, SparseDelta
 from deltakit.errors import ConfigError, CoordinateError
-from deltakit.live.state_dict_diff import (
+from deltakit.patching.chain import Link, Position
+from deltakit.patching.digests import hexadecimal
+from deltakit.patching.states import (
     Difference,
     FlatTensor,
     State,
@@ -30,7 +31,6 @@ from deltakit.live.state_dict_diff import (
     ties,
     total_digest,
 )
-from deltakit.live.state_digests import hexadecimal
 
 
 def diff_states(

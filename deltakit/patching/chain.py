@@ -1,7 +1,7 @@
 """Weight patches: deltas that lead from one state of a model to a later one, and say so.
 
 A patch is a delta of `set` tensors whose provenance holds, under "chain", the step and the digest
-of the whole state (see `deltakit.live.state_digests`) before and after it:
+of the whole state (see `deltakit.patching.digests`) before and after it:
 
     {"chain": {"before": [7, "5c8a2f0e6b1d9374"], "after": [8, "e0b7714c93ad0f52"]}}
 """

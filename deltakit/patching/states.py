@@ -23,8 +23,8 @@ from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import fingerprint, sample_positions
 from deltakit.live.arrays import dtype_name
 from deltakit.live.coordinates import Coordinates, coordinates, find_checkpoint, live_tensors
-from deltakit.live.state_digests import TensorKeys, hexadecimal
 from deltakit.live.translation import stored_values
+from deltakit.patching.digests import TensorKeys, hexadecimal
 
 State = Mapping[str, torch.Tensor] | torch.nn.Module | Checkpoint | str | os.PathLike[str]
 Words = Array | torch.Tensor
@@ -194,7 +194,7 @@ def differences(
 
 
 def state_digest(state: State, *, names: Mapping[str, str] | None = None) -> str:
-    """The digest of all weights of a state, 16 hexadecimal digits; see `state_digests`.
+    """The digest of all weights of a state, 16 hexadecimal digits; see `deltakit.patching.digests`.
 
     state, names: as for `flat_tensors`. Reads everything once: seconds for a model of 1 billion
     weights. A file, a module and a state dict with the same tensors give the same digest.

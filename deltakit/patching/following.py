@@ -17,7 +17,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from deltakit.chains import Link, Position, compose, link_of
 from deltakit.delta import SparseDelta
 from deltakit.dtypes import dtype
 from deltakit.errors import BaseMismatchError, ConfigError
@@ -29,11 +28,12 @@ from deltakit.live.coordinates import Coordinates, live_tensors
 from deltakit.live.ledger import Applied
 from deltakit.live.offload import check_resident
 from deltakit.live.state import state_of
-from deltakit.live.state_dict_diff import flat_model, state_digest, total_digest
-from deltakit.live.state_digests import TensorKeys, hexadecimal
 from deltakit.live.translation import stored_values, to_model
 from deltakit.live.words import Words, make_words, read_words, write_all
 from deltakit.merging.inputs import Input
+from deltakit.patching.chain import Link, Position, compose, link_of
+from deltakit.patching.digests import TensorKeys, hexadecimal
+from deltakit.patching.states import flat_model, state_digest, total_digest
 
 _POSITIONS: WeakKeyDictionary[torch.nn.Module, Position] = WeakKeyDictionary()
 _Live = Mapping[str, torch.Tensor]
