@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from deltakit.dtypes import Array
@@ -64,8 +65,12 @@ class Words:
         return self.indices.nbytes + self.words.nbytes
 
     def write(self) -> None:
-        """Overwrite the live weights."""
-        flat_words(self.name, self.tensor).scatter_(0, self.indices, self.words)
+        """Overwrite the live weights. On the CPU by NumPy, whose loop runs beside other threads."""
+        flat = flat_words(self.name, self.tensor)
+        if flat.device.type == "cpu":
+            flat.numpy()[self.indices.numpy()] = self.words.numpy()
+        else:
+            flat.scatter_(0, self.indices, self.words)
 
 
 def make_words(name: str, tensor: torch.Tensor, indices: Array, words: Array) -> Words:
@@ -75,23 +80,23 @@ def make_words(name: str, tensor: torch.Tensor, indices: Array, words: Array) ->
 
 
 def write_all(changes: Sequence[Words]) -> None:
-    """Write all changes; tensors are shared out among torch's threads where there is enough to do.
+    """Write all changes; tensors are shared out among threads where there is enough to do.
 
-    `scatter_` of a flat tensor uses one thread and waits for memory most of the time. Raises
+    As many threads as torch uses: scattered writes wait for memory most of the time. Raises
     CoordinateError, before anything is written, when a live tensor changed its dtype meanwhile.
     """
     for change in changes:
         check_dtype(change.name, change.tensor, change.dtype)
-    entries = sum(len(change.indices) for change in changes if change.tensor.device.type == "cpu")
-    workers = min(torch.get_num_threads(), entries // _WORTH_A_THREAD, len(changes))
+    sizes = [len(change.indices) for change in changes]
+    on_host = sum(n for n, c in zip(sizes, changes, strict=True) if c.tensor.device.type == "cpu")
+    workers = min(torch.get_num_threads(), on_host // _WORTH_A_THREAD, len(changes))
     if workers < 2:
         _write(changes)
         return
-    shares: list[list[Words]] = [[] for _ in range(workers)]
-    for change in sorted(changes, key=lambda c: -len(c.indices)):
-        min(shares, key=lambda share: sum(len(c.indices) for c in share)).append(change)
+    bounds = np.searchsorted(np.cumsum(sizes), np.linspace(0, sum(sizes), workers + 1)[1:-1])
+    shares = np.split(np.arange(len(changes)), bounds)
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(_write, shares))
+        list(pool.map(_write, [[changes[n] for n in share] for share in shares]))
 
 
 def _write(changes: Sequence[Words]) -> None:
