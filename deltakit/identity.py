@@ -199,7 +199,7 @@ def _check_values(
 def _hint(checkpoint: Checkpoint) -> str:
     merged = merged_before(checkpoint)
     if not merged:
-        return "--allow-base-mismatch uses it all the same"
+        return "with --allow-base-mismatch, merge, stack and evaluate use it all the same"
     return (
         f"it carries {len(merged)} delta{'' if len(merged) == 1 else 's'} merged in place (journal "
         f"{checkpoint.journal}): deltakit revert {checkpoint.path} first, or merge --in-place, "

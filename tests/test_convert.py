@@ -102,6 +102,24 @@ def test_the_page_about_formats_knows_them_all() -> None:
         assert f"| `{record.name}` | {reads} | {writes} |" in page
 
 
+@pytest.mark.parametrize("bytes_left", [60, 300, -1])
+@pytest.mark.parametrize(("name", "form"), [("d.sdelta", "sdelta"), ("d.wsp", "weightscope")])
+def test_a_truncated_file_is_told_as_such(
+    name: str, form: str, bytes_left: int, delta_file: Path, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """And not as one of no known format."""
+    source, out = tmp_path / name, tmp_path / "out.safetensors"
+    if form == "sdelta":
+        source.write_bytes(delta_file.read_bytes())
+    else:
+        dk.convert(delta_file, source, to_format=form, base=checkpoint)
+    source.write_bytes(source.read_bytes()[:bytes_left])
+    assert recognise(source)[0] == form
+    with pytest.raises(FormatError, match=rf"{name}.*(truncat|damaged|cut|file has|end)"):
+        dk.convert(source, out, to_format="coo-safetensors", base=checkpoint)
+    assert not out.exists()
+
+
 def test_every_bridge_has_its_registered_name_and_a_way() -> None:
     for record in BRIDGES:
         assert record.target.name == record.name

@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from deltakit.errors import ConfigError, MissingFileError
+from deltakit.errors import ConfigError, HubError, MissingFileError
 from deltakit.hub.locate import base_at, description_at
 from deltakit.hub.location import Location, is_location
 from deltakit.training.images import ImageScaling
@@ -47,7 +47,12 @@ def locate(model: str, revision: str | None = None) -> Located:
             f"model {model}: expected a folder with config.json and safetensors files"
         )
     location = _location(model, revision)
-    found = description_at(location)
+    try:
+        found = description_at(location)
+    except HubError as error:
+        if is_location(model):
+            raise
+        raise type(error)(f"model {model!r} is no local folder, and as a Hub id: {error}") from None
     pinned = replace(location, revision=found.revision)
     return Located(found.path, found.model_id, found.revision, pinned)
 

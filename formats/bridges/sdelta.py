@@ -23,7 +23,9 @@ class Sdelta(Bridge):
                 return None
             with SdeltaFile(path) as file:
                 return f"deltakit delta, {len(file.tensors)} tensors"
-        except (DeltakitError, OSError):
+        except DeltakitError:
+            return "deltakit delta, damaged"  # reading tells where
+        except OSError:
             return None
 
     def read(self, path: Path, *, base: Checkpoint | None, options: Options) -> Reading:

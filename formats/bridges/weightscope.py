@@ -71,9 +71,14 @@ class Weightscope(Bridge):
     def recognise(self, path: Path) -> str | None:
         try:
             with path.open("rb") as file:
+                if file.read(len(MAGIC)) != MAGIC:
+                    return None
+                file.seek(0)
                 records = _records(_header(file, path), path)
-        except (OSError, DeltakitError):
+        except OSError:
             return None
+        except DeltakitError:
+            return "weightscope patch, damaged or of another version"  # reading tells what
         return f"weightscope patch, {len(records)} tensors"
 
     def read(self, path: Path, *, base: Checkpoint | None, options: Options) -> Reading:
