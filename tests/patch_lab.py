@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 import deltakit as dk
 from deltakit.dtypes import DType
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "rl_weight_patches.py"
 State = dict[str, torch.Tensor]
 
 

@@ -52,7 +52,9 @@ def test_a_model_is_described_before_its_weights_come(published: HubServer) -> N
 
 
 def test_models_that_cannot_be_had(published: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MissingFileError, match=r"'org/none' is no local folder, .* shows no repository"):
+    with pytest.raises(
+        MissingFileError, match=r"'org/none' is no local folder, .* shows no repository"
+    ):
         locate("org/none")
     with pytest.raises(MissingFileError, match="neither a local folder nor on the Hub"):
         locate("org/none/deeper/still")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from patch_lab import Model, as_torch, random_words, same_bits, snapshot, train
 from safetensors.torch import load_file, save_file
 from tiny_models import write_gpt2
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -20,10 +21,6 @@ from deltakit.patching import states
 from deltakit.patching.chain import Position
 from deltakit.patching.digests import TensorKeys
 from deltakit.patching.states import FlatTensor, differing, flat_tensors
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "rl_weight_patches.py"
-State = dict[str, torch.Tensor]
-from patch_lab import Model, as_torch, random_words, same_bits, snapshot, train
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -14,8 +14,6 @@ import pytest
 from deltakit.errors import ConfigError, TrainingError
 from deltakit.weight_search import Weights, plain_choices, search_weights
 
-TASK = "sequence-classification"
-
 
 def _bowl(*bottom: float) -> Callable[[Weights], dict[str, float]]:
     """A quadratic whose axes are not the weights', lowest at `bottom`."""
