@@ -9,7 +9,7 @@ WORKERS ?= auto
 .PHONY: help demo test lint format install clean
 
 help:
-	@echo "make demo     the whole story on two small tasks, about three minutes"
+	@echo "make demo     the whole story on two small tasks, three to five minutes"
 	@echo "make test     the test suite"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   rewrite the code as ruff formats it"

@@ -20,7 +20,6 @@ from deltakit.identity import sample_positions
 from deltakit.patching.chain import Link, Position, link_of
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "rl_weight_patches.py"
-State = dict[str, torch.Tensor]
 from patch_lab import Model, chain, same_bits, snapshot, train
 
 
