@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from deltakit.adapter import Adapter
 from deltakit.dtypes import Array, DType, dtype, dtype_of
 from deltakit.errors import DeltaError
 
@@ -225,8 +226,10 @@ class SparseDelta:
     extras: name -> whole array that the base lacks or that was trained densely.
     base: identity of the base, or None. config: changes to the base's config.json that the extras
     need ({"num_labels": 3}). provenance: free JSON about how the delta came to be.
+    adapter: the adapter whose tensors `tensors` are, or None where they are the base's own.
 
-    Raises DeltaError when names do not match or a name is both a tensor and an extra.
+    Raises DeltaError when names do not match, a name is both a tensor and an extra, or a tensor is
+    none of the adapter's.
     """
 
     tensors: Mapping[str, TensorDelta]
@@ -234,11 +237,14 @@ class SparseDelta:
     base: BaseIdentity | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors.items():
             if name != tensor.name:
                 raise DeltaError(f"tensor {tensor.name!r} stands under the name {name!r}")
+            if self.adapter is not None:
+                self.adapter.split(name)
         both = sorted(set(self.tensors) & set(self.extras))
         if both:
             raise DeltaError(f"{both[0]!r} is both a sparse tensor and an extra")
@@ -266,8 +272,8 @@ class SparseDelta:
             return False
         if not all(_same_bits(a, other.extras[n]) for n, a in self.extras.items()):
             return False
-        same = (self.base, dict(self.config), dict(self.provenance))
-        return same == (other.base, dict(other.config), dict(other.provenance))
+        same = (self.base, dict(self.config), dict(self.provenance), self.adapter)
+        return same == (other.base, dict(other.config), dict(other.provenance), other.adapter)
 
 
 def in_tensor_order(mapping: Mapping[str, Any]) -> dict[str, Any]:

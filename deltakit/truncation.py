@@ -59,8 +59,10 @@ def truncate(
         scores = [_changes(t) for t in _with_base(parts, checkpoint)]
     keep = top(np.concatenate(scores), count)
     pieces = np.split(keep, np.cumsum([t.nnz for t in parts])[:-1])
-    kept = [_take(t, piece) for t, piece in zip(parts, pieces, strict=True) if piece.any()]
-    tensors = {t.name: t for t in kept}
+    kept = [_take(t, piece) for t, piece in zip(parts, pieces, strict=True)]
+    tensors = {t.name: t for t in kept if t.nnz}
+    if delta.adapter is not None:  # whose tensors are all there, with entries or without
+        tensors = {**delta.tensors, **{t.name: t for t in kept}}
     step = {"operation": "truncate", "budget": count, "by": by, "from": delta.nnz}
     return SparseDelta(
         tensors=tensors,
@@ -71,6 +73,7 @@ def truncate(
             **delta.provenance,
             "lineage": [*delta.provenance.get("lineage", []), step],
         },
+        adapter=delta.adapter,
     )
 
 
@@ -153,4 +156,6 @@ def _identity(delta: SparseDelta, kept: Mapping[str, TensorDelta]) -> BaseIdenti
         for name, seen in delta.base.tensors.items()
         if name in kept
     }
+    if delta.adapter is not None:  # those of the modules that it stands at
+        prints |= {n: seen for n, seen in delta.base.tensors.items() if n not in delta.tensors}
     return replace(delta.base, tensors=prints)

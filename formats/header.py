@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from deltakit.adapter import Adapter
 from deltakit.delta import BaseIdentity, Mode
 from deltakit.dtypes import DTYPES, DType
 from deltakit.formats import bits
 from deltakit.formats.safetensors_header import Entry
 
-VERSION = 1
+VERSION = 2  # the newest that is read
 RESERVED = "sdelta."  # beginning of the names of all streams
 
 
@@ -108,6 +109,12 @@ class SdeltaHeader:
     base: BaseIdentity | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Adapter | None = None
+
+    @property
+    def version(self) -> int:
+        """The oldest version of the format that can say this: older readers read what they can."""
+        return 1 if self.adapter is None else 2
 
     @property
     def nnz(self) -> int:

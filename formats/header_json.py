@@ -12,9 +12,10 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from deltakit.adapter import Adapter
 from deltakit.delta import BaseIdentity, Fingerprint, in_tensor_order
 from deltakit.dtypes import DTYPES
-from deltakit.errors import ChecksumError, FormatError, UnsupportedVersionError
+from deltakit.errors import ChecksumError, DeltaError, FormatError, UnsupportedVersionError
 from deltakit.formats import strict_json
 from deltakit.formats.header import VERSION, ExtraRecord, SdeltaHeader, TensorRecord
 from deltakit.formats.record_json import (
@@ -30,6 +31,7 @@ from deltakit.formats.record_json import (
 _BEGIN, _MIDDLE, _END = '{"header":', ',"sha256":"', '"}'
 _TAIL = len(_MIDDLE) + 43 + len(_END)
 _KEYS = {"base", "columns", "common", "config", "extras", "provenance", "tensors", "version"}
+_ADAPTER = ("kind", "config", "seed", "initial", "check")
 _NEEDED = {"columns", "common", "tensors", "version"}
 _BASE = {"fingerprints", "model_id", "revision", "total_weights"}
 
@@ -49,7 +51,7 @@ def dumps(header: SdeltaHeader) -> str:
     ]
     columns = [column for column in COLUMNS if column not in shared]
     content: dict[str, Any] = {
-        "version": VERSION,
+        "version": header.version,
         "columns": columns,
         "common": {column: rows[0][column] for column in shared},
         "tensors": [[row[column] for column in columns] for row in rows],
@@ -61,6 +63,8 @@ def dumps(header: SdeltaHeader) -> str:
             extra.name: [DTYPES[extra.dtype].code, list(extra.shape), extra.sha256]
             for extra in header.extras.values()
         }
+    if header.adapter is not None:
+        content["adapter"] = {key: getattr(header.adapter, key) for key in _ADAPTER}
     for key, value in (("config", header.config), ("provenance", header.provenance)):
         strict_json.check_plain(dict(value), key, depth=1)
         if value:
@@ -73,7 +77,7 @@ def loads(text: str, where: str) -> SdeltaHeader:
     """The header in `text`. `where`: the file, for messages.
 
     Raises ChecksumError when the text differs from its digest, UnsupportedVersionError for a
-    newer version, FormatError for anything that version 1 does not define.
+    newer version, FormatError for anything that its version does not define.
     """
     if not text.startswith(_BEGIN) or text[-_TAIL : -_TAIL + len(_MIDDLE)] != _MIDDLE:
         raise FormatError(f"{where}: the sdelta header has no digest where one must stand")
@@ -82,8 +86,9 @@ def loads(text: str, where: str) -> SdeltaHeader:
         raise ChecksumError(f"{where}: the sdelta header differs from its digest; it is damaged")
     content = strict_json.loads(body, f"{where}: sdelta header")
     _check_version(content, where)
-    if not _NEEDED <= set(content) <= _KEYS:
-        odd = sorted((_NEEDED - set(content)) | (set(content) - _KEYS))
+    needed, known = _members(content["version"])
+    if not needed <= set(content) <= known:
+        odd = sorted((needed - set(content)) | (set(content) - known))
         raise FormatError(f"{where}: the sdelta header lacks or does not know the keys {odd}")
     tensors: dict[str, TensorRecord] = {}
     last = b""
@@ -99,14 +104,20 @@ def loads(text: str, where: str) -> SdeltaHeader:
         base=_base(content, tensors, where),
         config=_free(content, "config", where),
         provenance=_free(content, "provenance", where),
+        adapter=_adapter(content, tensors, where),
     )
+
+
+def _members(version: int) -> tuple[set[str], set[str]]:
+    """The keys that a header of this version must have, and those that it may have."""
+    return (_NEEDED, _KEYS) if version == 1 else (_NEEDED | {"adapter"}, _KEYS | {"adapter"})
 
 
 def _check_version(content: Any, where: str) -> None:
     version = content.get("version") if isinstance(content, dict) else None
     if type(version) is not int or version < 1:
         raise FormatError(f"{where}: the sdelta header has no version")
-    if version != VERSION:
+    if version > VERSION:
         raise UnsupportedVersionError(
             f"{where}: sdelta version {version} is newer than version {VERSION}, the newest that "
             "this deltakit reads; upgrade deltakit-sparse"
@@ -118,9 +129,7 @@ def _rows(content: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
     if not isinstance(common, dict) or not isinstance(rows, list) or "name" in common:
         raise FormatError(f"{where}: columns, common and tensors of the sdelta header do not fit")
     if not set(common) <= set(COLUMNS) or columns != [c for c in COLUMNS if c not in common]:
-        raise FormatError(
-            f"{where}: the columns of the sdelta header are not those of version {VERSION}"
-        )
+        raise FormatError(f"{where}: the columns of the sdelta header are not those of its version")
     for row in rows:
         if not isinstance(row, list) or len(row) != len(columns):
             raise FormatError(f"{where}: a tensor's row does not have {len(columns)} cells")
@@ -138,6 +147,25 @@ def _extras(
     if both:
         raise FormatError(f"{where}: {both[0]!r} is both a sparse tensor and an extra")
     return in_tensor_order(extras)
+
+
+def _adapter(
+    content: dict[str, Any], tensors: Mapping[str, TensorRecord], where: str
+) -> Adapter | None:
+    if "adapter" not in content:
+        return None
+    found = _free(content, "adapter", where)
+    if set(found) != set(_ADAPTER) or not is_text(found["kind"]) or not is_text(found["check"]):
+        raise FormatError(f"{where}: the adapter is not described as version {VERSION} does")
+    if not isinstance(found["config"], dict) or not isinstance(found["initial"], dict):
+        raise FormatError(f"{where}: config and initial of the adapter must be JSON objects")
+    try:
+        adapter = Adapter(**found)
+        for name in tensors:
+            adapter.split(name)
+    except DeltaError as error:
+        raise FormatError(f"{where}: {error}") from None
+    return adapter
 
 
 def _base_json(base: BaseIdentity, tensors: Mapping[str, TensorRecord]) -> dict[str, Any]:
@@ -169,7 +197,7 @@ def _base(
         return None
     found = content["base"]
     if not isinstance(found, dict) or not set(found) <= _BASE:
-        raise FormatError(f"{where}: the base is not described as version {VERSION} does")
+        raise FormatError(f"{where}: the base is not described as its version does")
     total, others = found.get("total_weights"), found.get("fingerprints", {})
     texts = [found.get("model_id"), found.get("revision")]
     if any(text is not None and not is_text(text) for text in texts):

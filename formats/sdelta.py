@@ -81,6 +81,7 @@ def load(path: str | os.PathLike[str]) -> SparseDelta:
             base=file.base,
             config=file.config,
             provenance=file.provenance,
+            adapter=file.adapter,
         )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from deltakit.adapter import Adapter
 from deltakit.delta import BaseIdentity, TensorDelta
 from deltakit.dtypes import DTYPES, Array
 from deltakit.errors import (
@@ -109,6 +110,11 @@ class SdeltaFile:
     def provenance(self) -> Mapping[str, Any]:
         """How the delta came to be."""
         return self.header.provenance
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter whose tensors these are, or None."""
+        return self.header.adapter
 
     def tensor(self, name: str) -> TensorDelta:
         """The entries of one tensor.

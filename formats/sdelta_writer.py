@@ -44,6 +44,7 @@ def pieces(
         base=delta.base,
         config=delta.config,
         provenance=delta.provenance,
+        adapter=delta.adapter,
     )
     entries = layout(header)
     yield safetensors_header.render(entries, {METADATA_KEY: header_json.dumps(header)})

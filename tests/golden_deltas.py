@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from adapter_deltas import adapter_delta
 
 from deltakit.delta import BaseIdentity, Fingerprint, SparseDelta, TensorDelta
 from deltakit.dtypes import DTYPES, Array
@@ -130,6 +131,7 @@ def golden() -> dict[str, tuple[SparseDelta, dict[str, Any]]]:
             delta(extras={"score.weight": np.array([[1.5, -2.0]], ml_dtypes.bfloat16)}),
             {},
         ),
+        "v2-adapter": (adapter_delta(), {}),
     }
 
 

@@ -24,14 +24,16 @@ def header_with(**keys: Any) -> Edit:
 
 HUGE = 10**400
 DECEITS: dict[str, tuple[str, Edit, str]] = {
-    "newer version": ("v1-rice", header_with(version=2), "version 2 is newer .* upgrade"),
+    "newer version": ("v1-rice", header_with(version=3), "version 3 is newer .* upgrade"),
+    "version 2 without an adapter": ("v1-rice", header_with(version=2), r"keys \['adapter'\]"),
+    "version 1 with one": ("v1-rice", header_with(adapter={}), r"keys \['adapter'\]"),
     "no version": ("v1-rice", lambda h: h.pop("version"), "has no version"),
     "version of another type": ("v1-rice", header_with(version=1.0), "has no version"),
     "version true": ("v1-rice", header_with(version=True), "has no version"),
     "version zero": ("v1-rice", header_with(version=0), "has no version"),
     "unknown key": ("v1-rice", header_with(compression="zstd"), r"keys \['compression'\]"),
     "missing key": ("v1-rice", lambda h: h.pop("common"), r"keys \['common'\]"),
-    "unknown column": ("v1-rice", common(scale=1), "the columns .* are not those of version 1"),
+    "unknown column": ("v1-rice", common(scale=1), "the columns .* are not those of its version"),
     "missing column": ("v1-rice", lambda h: h["common"].pop("seed"), "the columns"),
     "columns of another order": ("v1-many", lambda h: h["columns"].reverse(), "the columns"),
     "columns no list": ("v1-rice", header_with(columns={"name": 1}), "the columns"),
