@@ -101,7 +101,12 @@ def trained_values(delta: SparseDelta, computed: Computed | None = None) -> dict
 
     computed and errors as for `all_initial_values`.
     """
-    values = all_initial_values(delta, computed)
+    return with_entries(delta, all_initial_values(delta, computed))
+
+
+def with_entries(delta: SparseDelta, initial: Mapping[str, Array]) -> dict[str, Array]:
+    """Initial values of all tensors with the delta's entries merged into copies of them."""
+    values = {name: initial[name].copy() for name in delta.tensors}
     for name, tensor in delta.tensors.items():
         words = values[name].reshape(-1).view(tensor.kind.words)
         entries = [Contribution(1.0, tensor)]

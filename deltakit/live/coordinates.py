@@ -22,7 +22,10 @@ from deltakit.errors import CoordinateError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.live.conversion import saved_regions
 from deltakit.live.offload import resident
-from deltakit.live.regions import Region, whole
+from deltakit.live.plain_names import plain_names
+from deltakit.live.regions import Region, turned, whole
+from deltakit.quantized.layers import is_transposed, quantised_layers, stored_shape
+from deltakit.quantized.stand_in import stand_ins
 
 _OLD_ENDINGS = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 _CONFIG_KEYS = ("architectures", "id2label", "label2id", "problem_type", "vocab_size")
@@ -76,10 +79,11 @@ def saved_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All that a checkpoint of the model holds, by live name: parameters, then saved buffers.
 
-    For weights that accelerate keeps in host memory, the tensors there (see `live.offload`).
+    For weights that accelerate keeps in host memory, the tensors there (see `live.offload`); for
+    quantised ones, what stands for them (`quantized.stand_in`).
     """
     found = {**dict(model.named_parameters()), **saved_buffers(model)}
-    return {name: resident(model, name, tensor) for name, tensor in found.items()}
+    return {n: resident(model, n, tensor) for n, tensor in found.items()} | stand_ins(model)
 
 
 def checkpoint_names(
@@ -95,14 +99,21 @@ def coordinates(
     """Where `checkpoint` holds the model's parameters (and saved buffers, if asked).
 
     In the model's order, tied ones once. Without a checkpoint the live names are the coordinates.
+    The base's tensors have the names that they would have without the adapters in the model.
     Raises CoordinateError where names match and shapes differ.
     """
     live = dict[str, torch.Tensor](model.named_parameters())
     if buffers:
         live |= saved_buffers(model)
+    plain = plain_names(model)
     if checkpoint is None:
-        return Coordinates({name: name for name in live})
-    copies = _all_names(model, live)
+        return Coordinates({name: plain(name) or name for name in live})
+    copies = {
+        name: [found for copy in same if (found := plain(copy)) is not None]
+        for name, same in _all_names(model, live).items()
+    }
+    quantised = {n: each for n, each in quantised_layers(model).items() if n in live}
+    live |= {n: torch.empty(stored_shape(e), device="meta") for n, e in quantised.items()}
     every = {name: tensor for first, tensor in live.items() for name in copies[first]}
     saved = saved_regions(model, every) if hasattr(model, "save_pretrained") else {}
     places = _Places(checkpoint, getattr(model, "base_model_prefix", ""), saved)
@@ -112,6 +123,11 @@ def coordinates(
         found = places.regions(name, copies[name]) or places.wholes(name, copies[name], tensor)
         if not found:
             names[name] = None
+        elif name in quantised and is_transposed(quantised[name]):
+            names[name], regions[name] = (
+                name,
+                [turned(name, r.stored, r.stored_shape) for r in found],
+            )
         elif len(found) == 1 and found[0].is_whole:
             names[name] = found[0].stored
         else:

@@ -1,0 +1,221 @@
+"""Attaching adapters to a live model, with initial or trained values, and taking them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from deltakit.adapter import Adapter
+from deltakit.adapters.building import Injection, Patterns, builder_of
+from deltakit.adapters.computed import from_base
+from deltakit.adapters.initial import (
+    STORED,
+    Computed,
+    all_initial_values,
+    check_value,
+    initial_values,
+    with_entries,
+)
+from deltakit.adapters.places import Places
+from deltakit.adapters.standing import enter
+from deltakit.delta import BaseIdentity, SparseDelta, in_tensor_order
+from deltakit.dtypes import Array, dtype
+from deltakit.errors import CoordinateError, DeltaError
+from deltakit.formats.checkpoint import Checkpoint
+from deltakit.identity import identify
+from deltakit.live.arrays import dtype_name, to_numpy, to_torch
+from deltakit.live.coordinates import Coordinates, coordinates
+
+
+@dataclass(eq=False)
+class Attached:
+    """An adapter in a model.
+
+    adapter: what a delta of it records. parameters: name of an adapter's tensor, as in a delta ->
+    the tensor, in tensor order. where: live names as they are now -> names in the checkpoint, the
+    adapter's own included. modules: the checkpoint's name of an adapted module -> the tensor of the
+    base at which the adapter stands. stored: extras that a delta needs to rebuild the initial values.
+    """
+
+    model: torch.nn.Module
+    adapter: Adapter
+    parameters: dict[str, torch.nn.Parameter]
+    where: Coordinates
+    modules: dict[str, str]
+    stored: dict[str, Array]
+    injection: Injection
+
+    def identity(self, checkpoint: Checkpoint) -> BaseIdentity:
+        """Fingerprints of the base's tensors at which the adapter stands, of their samples alone."""
+        return identify(checkpoint, dict.fromkeys(self.modules.values()))
+
+    def detach(self) -> None:
+        """Give the model back its plain modules, their bits untouched."""
+        self.injection.remove()
+
+
+def attach(
+    model: torch.nn.Module,
+    kind: str,
+    options: Mapping[str, Any],
+    *,
+    target: Patterns | None = None,
+    exclude: Patterns = (),
+    seed: int,
+    checkpoint: Checkpoint | None,
+) -> Attached:
+    """Put a new adapter into a model, in place, with the initial values that the seed gives.
+
+    kind: one of `deltakit.adapters.kinds.KINDS`. options: rank, alpha, dropout, … of the kind. target,
+    exclude: presets and patterns of tensors (see `deltakit.targets`); an adapter stands at the
+    modules whose weights they take. checkpoint: the base; without one live names are names.
+
+    The adapter's parameters require gradients then, no others do, until it is taken off. Raises ConfigError for options and
+    patterns that do not fit, CoordinateError for modules whose weights the checkpoint holds
+    rearranged or the model shares.
+    """
+    builder = builder_of(kind)
+    places = Places(model, checkpoint)
+    chosen = builder.choose(model, kind, places.names, target, exclude)
+    config = builder.configure(model, kind, options, chosen)
+    modules = {module: places.base_tensor(module) for module in chosen}
+    injection = _inject(model, kind, config, chosen)
+    with _undone_on_failure(injection):
+        named = _by_tensor_name(injection, modules)
+        rules = builder.initial_rules(kind, config, injection)
+        adapter = Adapter(kind=kind, config=config, seed=seed, initial=rules, check="0" * 16)
+        computed = from_base(adapter, places.read)
+        values = {name: _initial(adapter, name, p, computed) for name, p in named.items()}
+        adapter = replace(adapter, check=check_value(kind, config, values))
+        _load(model, named, values)
+        return _attached(adapter, named, values, places, modules, injection)
+
+
+def reattach(
+    model: torch.nn.Module, delta: SparseDelta, *, checkpoint: Checkpoint | None = None
+) -> Attached:
+    """Put the adapter of a delta into a model, in place, with its trained values.
+
+    Raises DeltaError for a delta of no adapter, CoordinateError for modules that the model lacks,
+    BaseMismatchError where the initial values rebuilt are not those that it was trained from.
+    Whether the model is the delta's base is the caller's to check.
+    """
+    adapter = delta.adapter
+    if adapter is None:
+        raise DeltaError("the delta is one of base weights, not of an adapter; use dk.apply")
+    places = Places(model, checkpoint)
+    names = dict.fromkeys(adapter.split(name)[0] for name in delta.tensors)
+    modules = {live: places.base_tensor(live) for live in map(places.live_module, names)}
+    initial = all_initial_values(delta, from_base(adapter, places.read))
+    injection = _inject(model, adapter.kind, adapter.config, list(modules))
+    with _undone_on_failure(injection):
+        named = _by_tensor_name(injection, modules)
+        _check_tensors(named, delta)
+        _load(model, named, with_entries(delta, initial))
+        return _attached(adapter, named, initial, places, modules, injection)
+
+
+def _inject(
+    model: torch.nn.Module, kind: str, config: Mapping[str, Any], modules: Sequence[str]
+) -> Injection:
+    leave = enter(model, kind, modules)
+    try:
+        injection = builder_of(kind).inject(model, kind, config, modules)
+    except BaseException:
+        leave()
+        raise
+
+    def remove() -> None:
+        injection.remove()
+        leave()
+
+    return Injection(injection.parameters, remove)
+
+
+def _by_tensor_name(
+    injection: Injection, modules: Mapping[str, str]
+) -> dict[str, torch.nn.Parameter]:
+    """The adapter's tensors by the names that a delta gives them, in tensor order."""
+    return in_tensor_order(
+        {
+            f"{modules[live].rpartition('.')[0]}.{parameter}": tensor
+            for live, parameters in injection.parameters.items()
+            for parameter, tensor in parameters.items()
+        }
+    )
+
+
+def _initial(
+    adapter: Adapter, name: str, parameter: torch.nn.Parameter, computed: Computed
+) -> Array:
+    module, part = adapter.split(name)
+    ((how, value),) = (rule := adapter.initial[part]).items()
+    if how == "stored":  # what the builder put there
+        return to_numpy(parameter)
+    shape, kind = tuple(parameter.shape), dtype_name(parameter)
+    if how == "computed":
+        return np.asarray(computed(module, value, shape).astype(dtype(kind).numpy))
+    return initial_values(rule, name, shape, kind, adapter.seed)
+
+
+def _check_tensors(named: Mapping[str, torch.nn.Parameter], delta: SparseDelta) -> None:
+    """Raise CoordinateError unless the adapter in the model has the delta's tensors."""
+    for name in {**named, **delta.tensors}:
+        there = tuple(named[name].shape) if name in named else None
+        given = delta.tensors[name].shape if name in delta.tensors else None
+        if there != given:
+            raise CoordinateError(
+                f"adapter tensor {name!r} is {_shape(given)} in the delta and {_shape(there)} in the "
+                "model; was it made for another model or version of peft?"
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else f"of shape {list(shape)}"
+
+
+def _load(
+    model: torch.nn.Module, named: Mapping[str, torch.nn.Parameter], values: Mapping[str, Array]
+) -> None:
+    """Values into the adapter's parameters, which alone require gradients from now on."""
+    model.requires_grad_(requires_grad=False)
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(to_torch(values[name]))
+            parameter.requires_grad_(requires_grad=True)
+
+
+def _attached(
+    adapter: Adapter,
+    named: dict[str, torch.nn.Parameter],
+    initial: Mapping[str, Array],
+    places: Places,
+    modules: Mapping[str, str],
+    injection: Injection,
+) -> Attached:
+    model = places.model
+    where = coordinates(model, places.checkpoint, buffers=True)
+    ours = {id(parameter): name for name, parameter in named.items()}
+    mine = {n: ours[id(p)] for n, p in model.named_parameters() if id(p) in ours}
+    stands_at = {tensor.rpartition(".")[0]: tensor for tensor in modules.values()}
+    stored = {
+        STORED + name: values
+        for name, values in initial.items()
+        if "stored" in adapter.initial[adapter.split(name)[1]]
+    }
+    where = replace(where, names={**where.names, **mine})
+    return Attached(model, adapter, named, where, stands_at, stored, injection)
+
+
+@contextmanager
+def _undone_on_failure(injection: Injection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        injection.remove()
+        raise
