@@ -39,7 +39,8 @@ class Attached:
     adapter: what a delta of it records. parameters: name of an adapter's tensor, as in a delta ->
     the tensor, in tensor order. where: live names as they are now -> names in the checkpoint, the
     adapter's own included. modules: the checkpoint's name of an adapted module -> the tensor of the
-    base at which the adapter stands. stored: extras that a delta needs to rebuild the initial values.
+    base at which the adapter stands. initial: its tensors' initial values. stored: extras that a
+    delta needs to rebuild those.
     """
 
     model: torch.nn.Module
@@ -47,12 +48,17 @@ class Attached:
     parameters: dict[str, torch.nn.Parameter]
     where: Coordinates
     modules: dict[str, str]
+    initial: Mapping[str, Array]
     stored: dict[str, Array]
     injection: Injection
 
     def identity(self, checkpoint: Checkpoint) -> BaseIdentity:
         """Fingerprints of the base's tensors at which the adapter stands, of their samples alone."""
         return identify(checkpoint, dict.fromkeys(self.modules.values()))
+
+    def reset(self) -> None:
+        """Give the adapter its initial values back."""
+        _fill(self.parameters, self.initial)
 
     def detach(self) -> None:
         """Give the model back its plain modules, their bits untouched."""
@@ -184,10 +190,15 @@ def _load(
 ) -> None:
     """Values into the adapter's parameters, which alone require gradients from now on."""
     model.requires_grad_(requires_grad=False)
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(to_torch(values[name]))
-            parameter.requires_grad_(requires_grad=True)
+    _fill(named, values)
+    for parameter in named.values():
+        parameter.requires_grad_(requires_grad=True)
+
+
+@torch.no_grad()
+def _fill(named: Mapping[str, torch.nn.Parameter], values: Mapping[str, Array]) -> None:
+    for name, parameter in named.items():
+        parameter.copy_(to_torch(values[name]))
 
 
 def _attached(
@@ -209,7 +220,7 @@ def _attached(
         if "stored" in adapter.initial[adapter.split(name)[1]]
     }
     where = replace(where, names={**where.names, **mine})
-    return Attached(model, adapter, named, where, stands_at, stored, injection)
+    return Attached(model, adapter, named, where, stands_at, initial, stored, injection)
 
 
 @contextmanager
