@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("paths", type=SOURCE, nargs=-1, required=True, metavar="BASE DELTA...")
+@click.argument("paths", type=SOURCE, nargs=-1, required=True, metavar="[BASE] DELTA...")
 @output_option("A file or folder to write; by default BASE-DELTA beside DELTA.")
 @click.option(
     "--weights", type=NUMBERS, metavar="W,...", help="One factor per delta, such as 0.5,0.5."
@@ -55,6 +55,12 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Merge into a base of 4 or 8 bits by quantising again; tells how many entries survive.",
 )
+@click.option(
+    "--keep-base/--no-keep-base",
+    default=True,
+    help="Let go of each weight file of a BASE on the Hub once it is merged, unless the cache had it "
+    "before; kept by default.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything and tell sizes; write nothing.")
 @click.option("--workers", type=click.IntRange(1), help="Weight files written at a time; up to 4.")
 @mismatch_option
@@ -69,6 +75,7 @@ def command(
     head: str | None,
     in_place: bool,
     requantize: bool,
+    keep_base: bool,
     dry_run: bool,
     workers: int | None,
     allow_base_mismatch: bool,
@@ -81,8 +88,10 @@ def command(
     BASE is a .safetensors file or a folder with a checkpoint, single or sharded; it is not changed
     unless --in-place is given, which writes entries only, whatever the size of BASE, and keeps what
     was there in a journal beside it (--force: also through links). Both may be on the Hub:
-    hf://owner/repo[@revision][/file]. Arguments are told apart by content, so their order matters
-    among deltas only. Every delta is checked against BASE before anything is written.
+    hf://owner/repo[@revision][/file]. Without BASE it is the repository and commit that DELTA
+    records, in the cache or downloaded; --no-keep-base lets go of each weight file once it is merged.
+    Arguments are told apart by content, so their order matters among deltas only. Every delta is
+    checked against BASE before anything appears at its place.
 
     \b
     Examples:
@@ -91,6 +100,7 @@ def command(
       deltakit merge model/ a.sdelta b.sdelta --method ties --density 0.2
       deltakit merge model/ delta.sdelta --dry-run
       deltakit merge model/ delta.sdelta --in-place
+      deltakit merge hf://owner/delta
       deltakit merge hf://owner/model hf://owner/delta -o merged/
     """
     from deltakit.in_place.merge import merge_in_place
@@ -103,6 +113,11 @@ def command(
     base, deltas = split(paths)
     options = stacking_options(given)
     if in_place:
+        if base is None:
+            raise ConfigError(
+                "no base given, and --in-place changes one on this machine; write: deltakit merge "
+                "BASE DELTA --in-place"
+            )
         made = deltas if method is None else [stack(deltas, method, weights, head=head, **options)]
         with progress("Merging") as advance:
             done = merge_in_place(
@@ -132,6 +147,7 @@ def command(
             progress=advance,
             workers=workers,
             requantize=requantize,
+            keep_base=keep_base,
             **options,
         )
     for told in report.notes:
@@ -173,12 +189,13 @@ def _print_in_place(report: InPlaceReport, as_json: bool) -> None:
         click.echo(f"whole tensors written: {', '.join(report.extras)}")
 
 
-def split(paths: Sequence[Source]) -> tuple[Source, list[Source]]:
-    """The base and the deltas among `paths`, told apart by content (on the Hub by file names).
+def split(paths: Sequence[Source]) -> tuple[Source | None, list[Source]]:
+    """The base, if given, and the deltas among `paths`, told apart by content (on the Hub by file
+    names).
 
     A broken file that calls itself .sdelta counts as a delta, so that reading it tells what is
-    wrong. Raises MissingFileError for a path that does not exist and ConfigError unless there is
-    exactly one base and at least one delta.
+    wrong. Raises MissingFileError for a path that does not exist and ConfigError for several bases
+    and for no delta.
     """
     for path in paths:
         if isinstance(path, Path) and not path.exists():
@@ -187,14 +204,12 @@ def split(paths: Sequence[Source]) -> tuple[Source, list[Source]]:
     bases = [p for p in paths if p not in deltas]
     if not deltas:
         raise ConfigError(f"no delta given: {', '.join(map(str, bases))} is no .sdelta file")
-    if not bases:
-        raise ConfigError(f"no base given{_made_for(deltas[0])}; write: deltakit merge BASE DELTA")
     if len(bases) > 1:
         raise ConfigError(
             f"a merge takes one base, found {len(bases)}: {', '.join(map(str, bases))}; "
             "the others are no .sdelta files"
         )
-    return bases[0], deltas
+    return bases[0] if bases else None, deltas
 
 
 def _is_delta(path: Source) -> bool:
@@ -204,11 +219,3 @@ def _is_delta(path: Source) -> bool:
     if isinstance(path, str):
         return stands_for_delta(path)
     return path.is_file() and (path.suffix == ".sdelta" or is_sdelta(path))
-
-
-def _made_for(delta: Source) -> str:
-    from deltakit.formats.sdelta import SdeltaFile
-
-    with SdeltaFile(delta) as file:
-        model = None if file.base is None else file.base.model_id
-    return "" if model is None else f" ({delta} was made for {model})"

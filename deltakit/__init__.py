@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from deltakit.patching.following import chain_position as chain_position
     from deltakit.patching.states import state_digest as state_digest
     from deltakit.patching.stream import PatchStream as PatchStream
+    from deltakit.publishing.pull import pull as pull
     from deltakit.rebasing import rebase as rebase
     from deltakit.selection import ID3 as ID3
     from deltakit.selection import BernoulliMask as BernoulliMask
@@ -114,6 +115,7 @@ _EXPORTS = {
     "merge": "deltakit.merging.merge",
     "merge_in_place": "deltakit.in_place.merge",
     "rebase": "deltakit.rebasing",
+    "pull": "deltakit.publishing.pull",
     "restrict": "deltakit.algebra",
     "revert": "deltakit.in_place.revert",
     "save": "deltakit.formats.sdelta",

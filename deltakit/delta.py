@@ -267,6 +267,20 @@ class SparseDelta:
     def equals(self, other: SparseDelta) -> bool:
         """Bitwise equality of tensors and extras, and equality of all descriptions."""
         if list(self.tensors) != list(other.tensors) or list(self.extras) != list(other.extras):
+    @classmethod
+    def from_hub(
+        cls, repo: str, *, revision: str | None = None, budget: int | str | None = None
+    ) -> SparseDelta:
+        """The delta of a repository of the Hub, downloaded into the cache and checked.
+
+        repo: "owner/name" or `hf://owner/name[@revision][/file]`. revision: a branch, tag or commit.
+        budget: the delta of the family that has exactly so many entries. See `deltakit.pull`, which
+        writes a file.
+        """
+        from deltakit.publishing.pull import read
+
+        return read(repo, revision=revision, budget=budget)
+
             return False
         if not all(t.equals(other.tensors[n]) for n, t in self.tensors.items()):
             return False

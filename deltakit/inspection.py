@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltakit.changes import Changes
 from deltakit.entropy import support_bits
@@ -18,7 +18,9 @@ from deltakit.formats.sdelta import SdeltaFile, parse_header
 from deltakit.groups import Group, by_block, by_kind
 from deltakit.hub.location import Location, is_location
 
-PREFIX = 2**16  # bytes of a remote file asked for at first; most headers are smaller
+if TYPE_CHECKING:
+    from deltakit.hub.remote_delta import RemoteFile
+
 COO_ENTRY_BYTES = 12  # a flat int64 index and a float32 value
 
 
@@ -30,23 +32,20 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     one that cannot be had, and FormatError for a file that is no whole, sound `.sdelta`.
     """
     if is_location(path):
-        return _on_the_hub(Location.parse(path))
+        from deltakit.hub.remote_delta import remote_delta
+
+        return inspect_remote(remote_delta(Location.parse(path)))
     with SdeltaFile(path) as file:
         return Inspection(path=Path(path), file_bytes=file.size, header=file.header)
 
 
-def _on_the_hub(location: Location) -> Inspection:
-    from deltakit.hub.remote_delta import RemoteDelta
-
-    delta = RemoteDelta.at(location)
+def inspect_remote(delta: RemoteFile) -> Inspection:
+    """`inspect` for a delta whose place on the Hub is known."""
     if delta.is_cached:
         return replace(inspect(delta.file), path=delta.location)
-    prefix = delta.read(0, PREFIX)
-    where = str(delta.location)
-    length = header_size(prefix, delta.size, where)
-    prefix += delta.read(len(prefix), length) if length > len(prefix) else b""
-    header, _ = parse_header(prefix, delta.size, where)
-    return Inspection(path=delta.location, file_bytes=delta.size, header=header, remote=True)
+    where, size = str(delta.location), delta.size
+    header, _ = parse_header(delta.head(lambda p: header_size(p, size, where)), size, where)
+    return Inspection(path=delta.location, file_bytes=size, header=header, remote=True)
 
 
 @dataclass(frozen=True, kw_only=True)

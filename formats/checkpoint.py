@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from deltakit.delta import in_tensor_order
 from deltakit.dtypes import Array
 from deltakit.errors import CoordinateError, FormatError, nearest
-from deltakit.formats.checkpoint_files import locate
+from deltakit.formats.checkpoint_files import Located, locate
 from deltakit.formats.safetensors_file import SafetensorsFile, TensorInfo
 from deltakit.formats.undo_folder import refuse_unfinished, undo_folder
 from deltakit.hub.locate import local_base, named_after
@@ -48,19 +49,27 @@ class Checkpoint:
         located = locate(path if found.model_id is None else found.path)
         if not unfinished:
             refuse_unfinished(located)
-        self.journal = undo_folder(located)
-        self.directory = located.directory
+        self._open(located, {file.name: SafetensorsFile(file) for file in located.files})
         is_local = found.model_id is None
         self.named_after = (self.directory or self.path) if is_local else named_after(path)
+
+    def _open(self, located: Located, shards: Mapping[str, SafetensorsFile]) -> None:
+        """Take the files of the checkpoint, as their headers tell them."""
+        self.journal = undo_folder(located)
+        self.directory = located.directory
         self.files = located.files
         self.index = located.index
         self.notes: list[str] = []
-        self.shards = {file.name: SafetensorsFile(file) for file in located.files}
+        self.shards = shards
         if located.weight_map is None:
             tensors = dict(self.shards[self.files[0].name].tensors)
         else:
             tensors = self._indexed(located.weight_map)
         self.tensors: Mapping[str, TensorInfo] = in_tensor_order(tensors)
+
+    def __str__(self) -> str:
+        """Its path, as reports tell it."""
+        return str(self.path)
 
     @property
     def names(self) -> list[str]:
@@ -109,6 +118,17 @@ class Checkpoint:
         if not isinstance(content, dict):
             raise FormatError(f"{file} is no JSON object")
         return content
+
+    def version(self) -> str:
+        """Text that differs once the weight files do: their sizes and times of change."""
+        found = [(str(file), file.stat()) for file in self.files]
+        return repr([(name, status.st_size, status.st_mtime_ns) for name, status in found])
+
+    @contextmanager
+    def at_hand(self, file: str) -> Iterator[None]:
+        """Have a weight file, given by its name, ready to be read for the length of a `with`; those
+        of a local checkpoint always are."""
+        yield
 
     def _shard(self, name: str) -> SafetensorsFile:
         return self.shards[self.info(name).file.name]

@@ -78,7 +78,8 @@ def _choose(root: Path) -> Path:
     raise MissingFileError(f"{root} holds no {SUFFIX} file")
 
 
-def _from_index(index: Path) -> Located:
+def read_index(index: Path) -> Mapping[str, str]:
+    """The weight_map of an index file: tensor name -> plain file name; FormatError for others."""
     if index.stat().st_size > MAX_INDEX:
         raise FormatError(f"{index}: an index of {index.stat().st_size} bytes is not acceptable")
     content = strict_json.loads(index.read_bytes(), str(index))
@@ -91,6 +92,11 @@ def _from_index(index: Path) -> Located:
                 f"{index}: tensor {tensor!r} is mapped to {name!r}, which is no plain name of a "
                 f"{SUFFIX} file in the same folder"
             )
+    return weight_map
+
+
+def _from_index(index: Path) -> Located:
+    weight_map = read_index(index)
     files = tuple(index.parent / name for name in sorted(set(weight_map.values()), key=str.encode))
     for file in files:
         if not file.is_file():

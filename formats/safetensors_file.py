@@ -80,6 +80,11 @@ class SafetensorsFile:
             for name, entry in self.header.entries.items()
         }
 
+    def head(self) -> bytes:
+        """The header as it stands in the file, its length bytes included."""
+        with self.path.open("rb") as file:
+            return file.read(self.header.body_offset)
+
     def words(self, name: str) -> Array:
         """The raw words of a tensor, flat, as a read-only view of the mapped file."""
         info = self._info(name)
@@ -153,6 +158,10 @@ class SafetensorsFile:
         if size and hasattr(mmap, "MADV_DONTNEED"):
             start = offset - offset % mmap.PAGESIZE
             self._map.madvise(mmap.MADV_DONTNEED, start, offset + size - start)
+
+    def release(self) -> None:
+        """Close the mapping, so that a file that is removed leaves the disk; using it maps it again."""
+        self.__dict__.pop("_map", None)
 
     def _read_header(self) -> safetensors_header.Header:
         try:

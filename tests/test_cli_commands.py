@@ -197,10 +197,6 @@ def test_merge_refuses_another_base_unless_told(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (
-            ["delta.sdelta"],
-            "no base given (delta.sdelta was made for org/base); write: deltakit merge BASE DELTA",
-        ),
         (["base.safetensors"], "no delta given: base.safetensors is no .sdelta file"),
         (
             ["base.safetensors", "other.safetensors", "delta.sdelta"],

@@ -193,7 +193,7 @@ def test_inspecting_downloads_the_header_alone(published: HubServer, delta_file:
 def test_a_long_header_takes_one_more_range(
     published: HubServer, delta_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltakit.inspection.PREFIX", 100)
+    monkeypatch.setattr("deltakit.hub.remote_delta.PREFIX", 100)
     assert dk.inspect("hf://org/news").entries == 110
     ranges = [each for each in published.seen if each.call.startswith("GET /object/")]
     assert ranges[0].range == "bytes=0-99"

@@ -8,6 +8,7 @@ models--owner--name/blobs/ETAG                their bytes
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -45,6 +46,20 @@ def remember(repo: str, revision: str | None, commit: str) -> None:
         return
     ref.parent.mkdir(parents=True, exist_ok=True)
     ref.write_text(commit, "utf-8")
+
+
+def holds(repo: str, digest: str | None) -> bool:
+    """Whether the cache has the bytes of this digest, of whatever commit."""
+    return digest is not None and (_storage(repo) / "blobs" / digest).is_file()
+
+
+def room() -> int:
+    """Free bytes on the disk of the cache, whose folder may not be there yet."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE).expanduser().resolve()
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    return shutil.disk_usage(there).free
 
 
 def forget(file: Path) -> None:

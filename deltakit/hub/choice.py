@@ -16,7 +16,7 @@ from deltakit.hub.listing import Listing
 DELTA = ".sdelta"
 WEIGHTS = ".safetensors"
 INDEX = ".safetensors.index.json"
-_DESCRIPTION = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, generation
+DESCRIPTION = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, generation
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -29,13 +29,13 @@ def delta_file(listing: Listing) -> str:
     if listing.holds_file():
         return listing.location.path
     found = [name for name in listing.below() if name.endswith(DELTA)]
-    usual = _join(listing.location.path, f"delta{DELTA}")
+    usual = listing.join(f"delta{DELTA}")
     if usual in found:
         return usual
     if not found:
         raise listing.lack(f"no {DELTA} file{_below(listing)}")
     if len(found) > 1:
-        raise _which(listing, found)
+        raise which(listing, found)
     return found[0]
 
 
@@ -47,13 +47,13 @@ def is_delta(listing: Listing) -> bool:
     deltas = [name for name in names if name.endswith(DELTA)]
     weights = [name for name in names if name.endswith(WEIGHTS)]
     if deltas and weights:
-        raise _which(listing, [*deltas, *weights])
+        raise which(listing, [*deltas, *weights])
     return bool(deltas)
 
 
 def description_files(listing: Listing) -> list[str]:
     """Configuration, tokenizer and the like, below the location's folder."""
-    return [name for name in listing.below() if name.endswith(_DESCRIPTION)]
+    return [name for name in listing.below() if name.endswith(DESCRIPTION)]
 
 
 def weight_files(listing: Listing, read: Callable[[str], bytes]) -> list[str]:
@@ -93,7 +93,7 @@ def _chosen(listing: Listing) -> str:
     for suffix in (INDEX, WEIGHTS):
         found = [name for name in names if name.endswith(suffix)]
         if len(found) > 1:
-            raise _which(listing, found)
+            raise which(listing, found)
         if found:
             return found[0]
     if any(name.endswith(_PICKLES) for name in names):
@@ -105,7 +105,8 @@ def _chosen(listing: Listing) -> str:
     raise listing.lack(f"no {WEIGHTS} file{_below(listing)}{delta}")
 
 
-def _which(listing: Listing, found: list[str]) -> ConfigError:
+def which(listing: Listing, found: list[str]) -> ConfigError:
+    """The error where several files could be meant, which lists them."""
     named = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
     one = replace(listing.location, path=found[0])
     return ConfigError(f"{listing.location} holds {named}; name one, such as {one}")

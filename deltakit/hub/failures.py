@@ -38,7 +38,7 @@ def explained(location: Location) -> Iterator[None]:
     except DeltakitError:
         raise
     except Exception as error:
-        told = _explanation(error, location)
+        told = explanation(error, location)
         if told is None:
             raise
         raise told from None
@@ -59,13 +59,14 @@ def patiently(call: Callable[[], T], waits: Sequence[float] | None = None) -> T:
     return call()
 
 
-def _status(error: Exception) -> int | None:
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status that the client's error is about; None where it is about none."""
     response = getattr(error, "response", None)
     return getattr(response, "status_code", None)
 
 
 def _passes(error: Exception) -> bool:
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
         return status in (408, 429) or status >= 500
     return _is_of_the_network(error)
@@ -86,10 +87,11 @@ def _asked_wait(error: Exception) -> float:
         return 0.0
 
 
-def _explanation(error: Exception, location: Location) -> Exception | None:
+def explanation(error: Exception, location: Location) -> Exception | None:
+    """The error that tells what the client's error means for somebody who reads; None: unknown."""
     from huggingface_hub import errors
 
-    page = f"{_endpoint()}/{location.repo}"
+    page = f"{endpoint()}/{location.repo}"
     if isinstance(error, errors.GatedRepoError):
         return HubAccessError(f"{location} is gated: ask for access on {page}, then {_LOG_IN}")
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -106,7 +108,7 @@ def _explanation(error: Exception, location: Location) -> Exception | None:
         return offline(location)
     if isinstance(error, errors.LocalEntryNotFoundError):  # of the client, after its own tries
         cause = error.__cause__
-        found = _explanation(cause, location) if isinstance(cause, Exception) else None
+        found = explanation(cause, location) if isinstance(cause, Exception) else None
         return found or _unreachable(location)
     if isinstance(error, errors.EntryNotFoundError):
         return HubNotFoundError(f"{location}: no such file; {page} lists what is there")
@@ -115,20 +117,20 @@ def _explanation(error: Exception, location: Location) -> Exception | None:
             f"{location}: the token (HF_TOKEN, or of hf auth login) is none: it holds characters "
             "that no token has; set it anew"
         )
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
         return _refused(status, location)
     if _is_of_the_network(error):
         return _unreachable(location)
     if isinstance(error, errors.FileMetadataError):
         return HubError(
-            f"{location}: {_endpoint()} does not answer as a Hub does; check HF_ENDPOINT and "
+            f"{location}: {endpoint()} does not answer as a Hub does; check HF_ENDPOINT and "
             "your proxy"
         )
     return _of_the_system(error, location) if isinstance(error, OSError) else None
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
     """The address of the Hub, without a name and password that may stand in it."""
     from huggingface_hub import constants
 
@@ -160,7 +162,7 @@ def _refused(status: int, location: Location) -> HubError:
 
 def _unreachable(location: Location) -> HubUnavailableError:
     return HubUnavailableError(
-        f"{location}: {_endpoint()} cannot be reached, or the connection was lost; check your "
+        f"{location}: {endpoint()} cannot be reached, or the connection was lost; check your "
         "network, proxy and HF_ENDPOINT, and try again"
     )
 
@@ -175,6 +177,16 @@ def offline(location: Location, what: str = "it") -> HubUnavailableError:
     )
 
 
+def no_space(location: Location) -> OutputError:
+    """The error where the disk of the cache is full."""
+    from huggingface_hub import constants
+
+    return OutputError(
+        f"{location}: no space left for the download in {constants.HF_HUB_CACHE}; free some, or "
+        "set HF_HOME to a folder on another disk"
+    )
+
+
 def _of_the_system(error: OSError, location: Location) -> Exception:
     from huggingface_hub import constants
 
@@ -183,10 +195,7 @@ def _of_the_system(error: OSError, location: Location) -> Exception:
             f"{location}: the download ended before its last byte; run the same command again"
         )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(
-            f"{location}: no space left for the download in {constants.HF_HUB_CACHE}; free some, or "
-            "set HF_HOME to a folder on another disk"
-        )
+        return no_space(location)
     return OutputError(
         f"{location}: cannot keep the download in {constants.HF_HUB_CACHE}: "
         f"{(error.strerror or '').lower()}; mend that, or set HF_HOME to another folder"

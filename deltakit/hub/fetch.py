@@ -7,17 +7,15 @@ cache before are taken as they are.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from deltakit.errors import ChecksumError
 from deltakit.hub import cache
-from deltakit.hub.failures import explained, patiently
+from deltakit.hub.digests import digests
+from deltakit.hub.failures import explained, no_space, patiently
 from deltakit.hub.listing import Entry, Listing
-
-_BLOCK = 2**20  # bytes hashed at a time
 
 
 def fetch(listing: Listing, names: Iterable[str]) -> Path:
@@ -35,9 +33,12 @@ def fetch(listing: Listing, names: Iterable[str]) -> Path:
         if listing.away is not None:
             raise listing.away
         place = listing.pinned(name)
+        entry = listing.files.get(name, Entry())
+        if (entry.size or 0) > cache.room():
+            raise no_space(place)
         with explained(place):
             file = Path(hf_hub_download(repo, name, revision=listing.commit))
-        _check(file, listing.files.get(name, Entry()), str(place))
+        check_digest(file, entry, str(place))
     if listing.away is None:
         with suppress(OSError):  # a cache that is only read serves as well
             cache.remember(repo, listing.location.revision, listing.commit)
@@ -65,20 +66,13 @@ def read_range(listing: Listing, name: str, start: int, stop: int) -> bytes:
         return patiently(ask)
 
 
-def _check(file: Path, entry: Entry, what: str) -> None:
-    if entry.sha256 is not None:
-        expected, found = entry.sha256, hashlib.sha256()
-    elif entry.git_sha1 is not None:
-        expected = entry.git_sha1
-        found = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
-    else:
-        return
-    with file.open("rb") as opened:
-        while block := opened.read(_BLOCK):
-            found.update(block)
-    if found.hexdigest() != expected:
+def check_digest(file: Path, entry: Entry, what: str) -> None:
+    """Raise ChecksumError where a file differs from the digest of `entry`, and remove it from the
+    cache; one whose digest is not known passes."""
+    compared = digests(file, entry)
+    if compared is not None and compared[0] != compared[1]:
         cache.forget(file)
         raise ChecksumError(
-            f"{what}: the bytes that came have the digest {found.hexdigest()[:16]}, the Hub records "
-            f"{expected[:16]}; they were removed from the cache, run the same command again"
+            f"{what}: the bytes that came have the digest {compared[0][:16]}, the Hub records "
+            f"{compared[1][:16]}; they were removed from the cache, run the same command again"
         )

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from deltakit.errors import DeltakitError, HubNotFoundError, HubUnavailableError, nearest
+from deltakit.errors import (
+    DeltakitError,
+    HubError,
+    HubNotFoundError,
+    HubUnavailableError,
+    nearest,
+)
 from deltakit.hub import cache
 from deltakit.hub.failures import explained, offline, patiently
 from deltakit.hub.location import Location
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +58,10 @@ class Listing:
     def pinned(self, path: str) -> Location:
         """The location of a file at this very commit."""
         return replace(self.location, revision=self.commit, path=path)
+
+    def join(self, name: str) -> str:
+        """The path of `name` in the folder that the location names."""
+        return f"{self.location.path}/{name}" if self.location.path else name
 
     def holds_file(self) -> bool:
         """Whether the location names a file, not a folder."""
@@ -96,6 +111,11 @@ def listed(location: Location) -> Listing:
             raise
         _log.warning("%s; meanwhile commit %s from the cache is used", error, known[:12])
         return _from_cache(location, known, error)
+    return listing_of(location, info)
+
+
+def listing_of(location: Location, info: ModelInfo) -> Listing:
+    """The listing that the client's answer about a revision holds (files_metadata=True)."""
     files = {
         each.rfilename: Entry(
             size=each.size,
@@ -105,6 +125,26 @@ def listed(location: Location) -> Listing:
         for each in info.siblings or []
     }
     return Listing(location, info.sha or "", files)
+
+
+def cached_listing(location: Location, why: DeltakitError) -> Listing | None:
+    """What the cache holds of the location's revision, None where that is nothing.
+
+    why: the reason that only the cache is asked, as `Listing.away`.
+    """
+    known = cache.known_commit(location.repo, location.revision)
+    return None if known is None else _from_cache(location, known, why)
+
+
+def head_commit(repo: str) -> str | None:
+    """The newest commit of a repository's default branch; None where the Hub does not tell."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    with suppress(HubError), explained(Location(repo)):
+        return HfApi().model_info(repo).sha
+    return None
 
 
 def _from_cache(location: Location, commit: str, why: DeltakitError) -> Listing:

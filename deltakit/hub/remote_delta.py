@@ -1,7 +1,8 @@
-"""A delta on the Hub of which only some bytes are wanted."""
+"""A file on the Hub of which only some bytes are wanted."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,19 +12,15 @@ from deltakit.hub.fetch import read_range
 from deltakit.hub.listing import Listing, listed
 from deltakit.hub.location import Location
 
+PREFIX = 2**16  # bytes asked for at first; most headers are smaller
+
 
 @dataclass(frozen=True, slots=True)
-class RemoteDelta:
-    """The .sdelta file called `name` of a repository at one commit."""
+class RemoteFile:
+    """The file called `name` of a repository at one commit."""
 
     listing: Listing
     name: str
-
-    @classmethod
-    def at(cls, location: Location) -> RemoteDelta:
-        """The delta that a location means; raises as `deltakit.hub.locate.local_delta` does."""
-        listing = listed(location)
-        return cls(listing, delta_file(listing))
 
     @property
     def location(self) -> Location:
@@ -51,3 +48,15 @@ class RemoteDelta:
     def read(self, start: int, stop: int) -> bytes:
         """The bytes [start, stop), by one request; fewer at the end of the file."""
         return read_range(self.listing, self.name, start, stop)
+
+    def head(self, size_of: Callable[[bytes], int]) -> bytes:
+        """The beginning of the file, whose size its first bytes tell; two requests at most."""
+        prefix = self.read(0, PREFIX)
+        size = size_of(prefix)
+        return prefix[:size] + (self.read(len(prefix), size) if size > len(prefix) else b"")
+
+
+def remote_delta(location: Location) -> RemoteFile:
+    """The delta that a location means; raises as `deltakit.hub.locate.local_delta` does."""
+    listing = listed(location)
+    return RemoteFile(listing, delta_file(listing))

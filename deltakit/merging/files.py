@@ -79,8 +79,7 @@ def _shard_file(
     parts = [_part(plan, info, overflows) for info in infos]
     kept = [(part.code, part.shape) for part in parts]
     if not new and kept == [(e.dtype, e.shape) for e in shard.header.entries.values()]:
-        with shard.path.open("rb") as file:
-            return WeightFile(name or shard.path.name, file.read(shard.header.body_offset), parts)
+        return WeightFile(name or shard.path.name, shard.head(), parts)
     parts = rewrite.arranged(parts + [_extra(plan, extra) for extra in new])
     return WeightFile(name or shard.path.name, rewrite.header(parts, shard.header.metadata), parts)
 

@@ -16,16 +16,19 @@ from deltakit.combine.weights import Weight
 from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import is_sdelta
-from deltakit.hub.location import is_location
+from deltakit.hub.listing import listed
+from deltakit.hub.location import Location, is_location
 from deltakit.in_place.journal_record import merged_before
 from deltakit.in_place.recovery import settle_base
 from deltakit.merging.carry import carried_files, merged_config
 from deltakit.merging.files import Overflows, index_bytes, weight_files
-from deltakit.merging.inputs import Given, read_inputs
+from deltakit.merging.hub_base import HubBase
+from deltakit.merging.inputs import Given, Input, read_inputs
 from deltakit.merging.naming import Output, check_output, output_for
 from deltakit.merging.output import Progress, Writing, write_output
 from deltakit.merging.plan import Plan, plan_merge
 from deltakit.merging.quantized import Survival, quantized_in
+from deltakit.merging.recorded_base import recorded_base
 from deltakit.stacking import stacked
 
 
@@ -33,17 +36,20 @@ from deltakit.stacking import stacked
 class MergeReport:
     """What a merge did, or would do with dry_run.
 
-    output: the path written. is_folder: whether it is a folder. base, deltas, weights, method, dtype:
-    as given. bytes: size of all output files. tensors: tensors with entries. entries: entries that
-    change (the union of the supports). extras: names of whole tensors written. files: names of the
-    files in the output. peak_memory: upper estimate in bytes. base_mismatch_allowed: whether other
-    base values were let through. notes: what the user should know. survival: what is left of entries
-    in quantised tensors (None where none was quantised again).
+    output: the path written. is_folder: whether it is a folder. base: its path, or its location at
+    the very commit. base_id, base_revision: its repository and commit where they are known. deltas,
+    weights, method, dtype: as given. bytes: size of all output files. tensors: tensors with entries.
+    entries: entries that change (the union of the supports). extras: names of whole tensors written.
+    files: names of the files in the output. peak_memory: upper estimate in bytes.
+    base_mismatch_allowed: whether other base values were let through. notes: what the user should
+    know. survival: what is left of entries in quantised tensors (None where none was quantised again).
     """
 
     output: str
     is_folder: bool
     base: str
+    base_id: str | None
+    base_revision: str | None
     deltas: tuple[str, ...]
     weights: tuple[Weight, ...]
     method: str | None
@@ -65,7 +71,7 @@ class MergeReport:
 
 
 def merge(
-    base: str | Path | Checkpoint,
+    base: str | Path | Checkpoint | None,
     deltas: Given | Sequence[Given],
     out: str | Path | None = None,
     *,
@@ -79,13 +85,16 @@ def merge(
     progress: Progress | None = None,
     workers: int | None = None,
     requantize: bool = False,
+    keep_base: bool = True,
     **options: Any,
 ) -> MergeReport:
     """Merge one or several deltas into a base and write a new checkpoint.
 
-    base: a .safetensors file or a folder. deltas: SparseDelta objects or paths of .sdelta files,
-    in order. out: a file or folder (see `deltakit.merging.naming`); a folder takes over the base's shards
-    one to one, its tokenizer and its configuration with the deltas' changes.
+    base: a .safetensors file or a folder; None takes the repository and commit that the deltas record
+    (see `deltakit.merging.recorded_base`). deltas: SparseDelta objects or paths of .sdelta files, in
+    order. Any of them may be on the Hub (`hf://owner/repo[@revision][/file]`). out: a file or folder
+    (see `deltakit.merging.naming`); a folder takes over the base's shards one to one, its tokenizer
+    and its configuration with the deltas' changes.
     weights: one factor per delta, 1 by default (with a method also by patterns of tensor names).
     method, options: stack the deltas by a method first; see `deltakit.stacking.stack`, which gives
     the same bits. dtype: None keeps the base's; "trained" casts the
@@ -97,6 +106,10 @@ def merge(
     A merge into a folder that was killed is gone on with by the next one with the same inputs: weight
     files that are whole are kept.
 
+    keep_base: of a base on the Hub, whether weight files that are downloaded for this stay in the
+    cache. Into a folder they come one at a time, each compared with what the deltas record and merged
+    before the next, so that without keeping them the disk need not hold more than one of them.
+
     requantize: merge onto tensors that bitsandbytes has quantised to 4 or 8 bits by quantising
     their blocks again, which is refused otherwise (see `deltakit.merging.quantized`); needs torch and
     bitsandbytes. What survives is in the report, also with dry_run.
@@ -106,23 +119,20 @@ def merge(
     other shapes, DeltaError for deltas that contradict each other, OutputExistsError for an output
     that exists (unless `force`) and OutputError where it cannot be written.
     """
-    settled: list[str] = []
-    if not isinstance(base, Checkpoint):
-        refuse_delta(base)
-        settled = [] if dry_run or is_location(base) else settle_base(Path(base))
-    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint(base)
-    settled += _carried(checkpoint)
     numbers = None if weights is None else [w for w in weights if not isinstance(w, Mapping)]
     if method is None and numbers is not None and len(numbers) != len(weights or ()):
         method = "linear"  # the same sum, with weights by pattern
     given = read_inputs(deltas, numbers if method is None else None)
+    checkpoint, settled = _opened(base, given, keep_base, dry_run)
     paths = [each.path for each in given if each.path is not None]
     output = output_for(checkpoint, paths, out, many=len(given) > 1)
     check_output(output, checkpoint, paths, force)
+    whole = requantize or any(each.delta.adapter is not None for each in given)
+    defer = _comes_in_parts(checkpoint, output, keep_base, whole)
     inputs, notes = given, settled
     if method is not None:
         again = quantized_in(given, checkpoint, requantize=requantize)
-        known = None if again else checkpoint  # codes tell stacking nothing about the base
+        known = None if again or defer else checkpoint  # codes tell stacking nothing about the base
         inputs = [stacked(given, method, weights, options, known, head, allow_base_mismatch)]
         notes, head = [*settled, *inputs[0].delta.provenance.get("notes", ())], None
     elif options:
@@ -134,11 +144,16 @@ def merge(
         allow_base_mismatch=allow_base_mismatch,
         head=head,
         requantize=requantize,
+        defer=defer,
     )
+    if defer and dry_run:
+        plan.notes.append("base values are compared when the base is downloaded, not in a dry run")
     overflows = Overflows()
     writing = _prepare(plan, output, overflows)
     sizes = writing.sizes
     if not dry_run:
+        if defer:  # one file at a time, under the bars of its downloads
+            progress, workers = None, 1
         finished = write_output(writing, plan, output, progress, workers)
         if finished:
             plan.notes.append(f"{finished} weight files were finished by an earlier merge")
@@ -148,7 +163,9 @@ def merge(
     return MergeReport(
         output=str(output.path),
         is_folder=output.is_folder,
-        base=str(checkpoint.path),
+        base=str(checkpoint),
+        base_id=checkpoint.model_id,
+        base_revision=checkpoint.revision,
         deltas=tuple(each.label for each in given),
         weights=tuple(weights or [1.0] * len(given)) if method else tuple(i.weight for i in given),
         method=method,
@@ -164,6 +181,39 @@ def merge(
         notes=tuple(notes + plan.notes + overflows.notes()),
         survival=survival,
     )
+
+
+def _opened(
+    base: str | Path | Checkpoint | None, inputs: Sequence[Input], keep: bool, dry_run: bool
+) -> tuple[Checkpoint, list[str]]:
+    """The base, and notes on how it came to be as it is."""
+    if isinstance(base, Checkpoint):
+        return base, _carried(base)
+    if base is None:
+        found = recorded_base([(each.label, each.delta.base) for each in inputs])
+        return HubBase(found.listing, keep=keep), list(found.notes)
+    if is_location(base):
+        return HubBase(listed(Location.parse(base)), keep=keep), []
+    refuse_delta(base)
+    settled = [] if dry_run else settle_base(Path(base))
+    checkpoint = Checkpoint(base)
+    return checkpoint, settled + _carried(checkpoint)
+
+
+def _comes_in_parts(base: Checkpoint, output: Output, keep: bool, whole: bool) -> bool:
+    """Whether the weight files come to this machine one by one, while they are merged; where that
+    cannot be (adapters and requantizing need the `whole` base), all of it is downloaded now."""
+    if not isinstance(base, HubBase):
+        return False
+    if output.is_folder and not whole:
+        return not base.is_whole
+    if not keep:
+        raise ConfigError(
+            "a base on the Hub is let go of (--no-keep-base) by merges into a folder without "
+            "adapters or requantizing only"
+        )
+    base.bring_all()
+    return False
 
 
 def refuse_delta(base: str | Path) -> None:

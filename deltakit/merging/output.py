@@ -21,7 +21,7 @@ from deltakit.lineage import digest
 from deltakit.merging.carry import Carried, copy_carried
 from deltakit.merging.files import WeightFile
 from deltakit.merging.naming import Output
-from deltakit.merging.plan import Plan
+from deltakit.merging.plan import Plan, check_arrived
 
 Progress = Callable[[int, int], None]
 WORKERS = 4  # by default at most; more do not make a disk faster
@@ -79,19 +79,17 @@ def write_output(
         for file in finished:
             advance(file.size)
         count = workers or min(WORKERS, os.cpu_count() or 1)
-        _all([partial(_write_file, folder, file, advance) for file in rest], count, advance)
+        _all([partial(_write_file, folder, file, plan, advance) for file in rest], count, advance)
         return len(finished)
 
 
 def merge_key(plan: Plan, writing: Writing) -> str:
     """A digest of all that the bytes of the output depend on, 16 hexadecimal digits.
 
-    The base counts by its files' sizes and times of change, so that it need not be read.
+    The base counts by its version, so that it need not be read.
     """
     found = hashlib.sha256(repr((plan.dtype, plan.untouched, plan.requantizer is None)).encode())
-    for file in [shard.path for shard in plan.base.shards.values()]:
-        status = file.stat()
-        found.update(repr((str(file), status.st_size, status.st_mtime_ns)).encode())
+    found.update(plan.base.version().encode())
     for weights in writing.weights:
         found.update(weights.name.encode() + b"\0" + weights.header)
     for each in plan.inputs:
@@ -103,9 +101,11 @@ def merge_key(plan: Plan, writing: Writing) -> str:
     return found.hexdigest()[:16]
 
 
-def _write_file(folder: Path, file: WeightFile, advance: _Advance) -> None:
-    with finishing(folder / file.name) as temporary:
-        rewrite.write(temporary, file.header, file.parts, advance)
+def _write_file(folder: Path, file: WeightFile, plan: Plan, advance: _Advance) -> None:
+    with plan.base.at_hand(file.name):
+        check_arrived(plan, file.name)
+        with finishing(folder / file.name) as temporary:
+            rewrite.write(temporary, file.header, file.parts, advance)
 
 
 def _all(jobs: Sequence[Callable[[], None]], workers: int, advance: _Advance) -> None:

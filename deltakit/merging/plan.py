@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deltakit.delta import SparseDelta
 from deltakit.diffing.grown_rows import appended_to
 from deltakit.dtypes import DTYPES, Array, DType, dtype_of
 from deltakit.errors import ConfigError, DeltaError, DeltakitError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_file import GATHER_MAPPED, TensorInfo
-from deltakit.identity import check_base
+from deltakit.identity import NO_BASE, check_base
 from deltakit.merging.arithmetic import Contribution, union_between
 from deltakit.merging.inputs import Input, chosen_head, common_config, common_extras, contributions
 from deltakit.merging.quantized import Quantized, plain_part, quantized_in, refuse_conversion
@@ -32,7 +33,9 @@ class Plan:
     touched: tensor name -> the contributions to it. extras: name -> whole tensors to be written.
     config: keys to be changed in config.json. dtype: as asked for: None, "trained" or a name.
     untouched: for "trained", the dtype that tensors without entries take (None: their own).
-    requantizer: makes the tensors that are quantised again, or None.
+    requantizer: makes the tensors that are quantised again, or None. deferred: whose base values are
+    compared when the weight files come (see `check_arrived`), other values being let through or not
+    as `allow_base_mismatch` says.
     """
 
     base: Checkpoint
@@ -46,6 +49,8 @@ class Plan:
     requantizer: Requantizer | None = None
 
     @property
+    deferred: Sequence[Input] = ()
+    allow_base_mismatch: bool = False
     def entries(self) -> int:
         """Entries that change: the union of the supports, over all tensors."""
         return sum(_union_size(parts) for parts in self.touched.values())
@@ -97,22 +102,27 @@ def plan_merge(
 ) -> Plan:
     """Check every delta against the base and against each other; see `deltakit.merge`.
 
-    The base of the first `settled` inputs has been checked by an earlier merge.
+    The base of the first `settled` inputs has been checked by an earlier merge. defer: leave base
+    values, which are not on this machine yet, to `check_arrived`.
     """
     _check_dtype(dtype)
     quantized = quantized_in(inputs, base, requantize=requantize)
     refuse_conversion(base, dtype)
     notes = list(base.notes)
     for each in inputs[settled:]:
-        try:
-            found = check_base(plain_part(each.delta, quantized), base, allow=allow_base_mismatch)
-        except DeltakitError as error:
-            raise type(error)(f"{each.label}: {error}") from None
-        notes += [f"{each.label}: {note}" for note in found]
+    defer: bool = False,
+        plain = plain_part(each.delta, quantized)
+        if defer and plain.base is not None:
+            deferred.append(each)
+            found = _checked(each, replace(plain, base=None), base, allow_base_mismatch)
+            notes += [note for note in found if not note.endswith(NO_BASE)]
+        else:
+            notes += _checked(each, plain, base, allow_base_mismatch)
     chosen = chosen_head(inputs, head)
     touched = contributions(inputs)
     extras = common_extras(inputs, chosen)
     config = common_config(inputs, chosen)
+    deferred: list[Input] = []
     if extras and any(each.weight != 1 for each in inputs):
         notes.append("weights do not apply to extras, which are written whole")
     untouched = None
@@ -122,7 +132,19 @@ def plan_merge(
     elif dtype is None:
         notes += _not_as_trained(base, {n: t for n, t in touched.items() if n not in quantized})
     again = _requantizer(base, quantized, touched, notes) if quantized else None
-    plan = Plan(base, inputs, touched, extras, config, dtype, untouched, notes, again)
+    plan = Plan(
+        base,
+        inputs,
+        touched,
+        extras,
+        config,
+        dtype,
+        untouched,
+        notes,
+        again,
+        deferred,
+        allow_base_mismatch,
+    )
     both = [name for name in plan.appended if name in extras]
     if both:
         raise DeltaError(
@@ -132,6 +154,27 @@ def plan_merge(
     for name in touched:  # refuses dtypes that cannot be read before anything is written
         plan.merge_kind(base.tensors[name])
     return plan
+
+
+def check_arrived(plan: Plan, file: str) -> None:
+    """Compare the base values that were deferred of a weight file, given by its name, which is at
+    hand now; raises as `plan_merge` does."""
+    for each in plan.deferred:
+        held = plan.base.shards[file].tensors
+        tensors = {
+            n: t for n, t in each.delta.tensors.items() if plan.base.tensors[n] == held.get(n)
+        }
+        part = SparseDelta(tensors=tensors, base=each.delta.base)
+        found = _checked(each, part, plan.base, plan.allow_base_mismatch)
+        plan.notes.extend(note for note in found if note not in plan.notes)
+
+
+def _checked(each: Input, delta: SparseDelta, base: Checkpoint, allow: bool) -> list[str]:
+    """`check_base` of (a part of) an input, told with its label."""
+    try:
+        return [f"{each.label}: {note}" for note in check_base(delta, base, allow=allow)]
+    except DeltakitError as error:
+        raise type(error)(f"{each.label}: {error}") from None
 
 
 def _requantizer(

@@ -1,0 +1,1 @@
+"""Publishing deltas and models on the Hub: what goes there, its card, and getting it back."""
