@@ -264,9 +264,6 @@ class SparseDelta:
         """Elements of all extras, reported beside the budget."""
         return sum(a.size for a in self.extras.values())
 
-    def equals(self, other: SparseDelta) -> bool:
-        """Bitwise equality of tensors and extras, and equality of all descriptions."""
-        if list(self.tensors) != list(other.tensors) or list(self.extras) != list(other.extras):
     @classmethod
     def from_hub(
         cls, repo: str, *, revision: str | None = None, budget: int | str | None = None
@@ -281,6 +278,9 @@ class SparseDelta:
 
         return read(repo, revision=revision, budget=budget)
 
+    def equals(self, other: SparseDelta) -> bool:
+        """Bitwise equality of tensors and extras, and equality of all descriptions."""
+        if list(self.tensors) != list(other.tensors) or list(self.extras) != list(other.extras):
             return False
         if not all(t.equals(other.tensors[n]) for n, t in self.tensors.items()):
             return False

@@ -47,10 +47,10 @@ class Plan:
     untouched: str | None = None
     notes: list[str] = field(default_factory=list)
     requantizer: Requantizer | None = None
-
-    @property
     deferred: Sequence[Input] = ()
     allow_base_mismatch: bool = False
+
+    @property
     def entries(self) -> int:
         """Entries that change: the union of the supports, over all tensors."""
         return sum(_union_size(parts) for parts in self.touched.values())
@@ -99,6 +99,7 @@ def plan_merge(
     head: int | str | Path | None = None,
     settled: int = 0,
     requantize: bool = False,
+    defer: bool = False,
 ) -> Plan:
     """Check every delta against the base and against each other; see `deltakit.merge`.
 
@@ -109,8 +110,8 @@ def plan_merge(
     quantized = quantized_in(inputs, base, requantize=requantize)
     refuse_conversion(base, dtype)
     notes = list(base.notes)
+    deferred: list[Input] = []
     for each in inputs[settled:]:
-    defer: bool = False,
         plain = plain_part(each.delta, quantized)
         if defer and plain.base is not None:
             deferred.append(each)
@@ -122,7 +123,6 @@ def plan_merge(
     touched = contributions(inputs)
     extras = common_extras(inputs, chosen)
     config = common_config(inputs, chosen)
-    deferred: list[Input] = []
     if extras and any(each.weight != 1 for each in inputs):
         notes.append("weights do not apply to extras, which are written whole")
     untouched = None
