@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deltakit.errors import ConfigError
 from deltakit.formats.seeded import seeded_support
-from deltakit.selection.allocation import proportional_counts
+from deltakit.selection.allocation import Allocation, allocate, parse_allocation
 from deltakit.selection.methods import (
     METHODS,
     Candidate,
@@ -24,21 +25,30 @@ from deltakit.selection.methods import (
 class RandomMask:
     """A random support of exactly `budget` entries (Xu and Zhang 2024), fixed before training.
 
-    The budget is shared among tensors in proportion to size; within a tensor every support of
-    that many entries is equally likely, and tensors differ although they share one seed. A file
-    stores generator and seed, no indices.
+    The budget is shared among tensors by `allocation` (see `selection.allocation`; "erdos-renyi" is
+    the random criterion of that name); within a tensor every support of that many entries is
+    equally likely, and tensors differ although they share one seed. A file stores generator and
+    seed, no indices.
     """
 
     budget: int
     seed: int = 0
+    allocation: Allocation = "proportional"
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
+        if parse_allocation(self.allocation) == "global":
+            raise ConfigError(
+                "method random has no scores by which tensors could compete, so allocation global "
+                "means nothing here; take proportional, uniform, erdos-renyi or shares"
+            )
 
     def start(self, scene: Scene) -> Start:
         """The whole support; BudgetError for budget checkpoints, which a fixed support lacks."""
         refuse_marks(scene, self.budget, "a random mask")
-        counts = proportional_counts(scene.free(), scene.left(self.budget))
+        left = scene.left(self.budget)
+        seats = allocate(self.allocation, scene.targets, scene.free(), left, scene.model)
+        counts = np.bincount(np.asarray(seats), minlength=len(scene.targets)).tolist()
         drawn = zip(scene.targets, counts, strict=True)
         return Start(support=[draw(self.seed, target, k) for target, k in drawn if k])
 

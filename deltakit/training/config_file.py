@@ -13,12 +13,14 @@ from deltakit.formats.atomic import write_bytes
 from deltakit.training.config import TrainConfig, check_names, describe
 from deltakit.training.presets import PRESETS
 
+_CHOOSE = ("method", "adapter")  # what presets depend on
+
 
 def resolve(file: Mapping[str, Any], flags: Mapping[str, Any]) -> TrainConfig:
     """The settings of a run; each layer overrules those before it.
 
-    Layers: defaults, the preset, the file, flags. A flag that changes the preset (or the method,
-    which changes the preset) also puts away what the file says of the old preset's settings.
+    Layers: defaults, the preset, the file, flags. A flag that changes the preset (or the method or adapter,
+    which change the preset) also puts away what the file says of the old preset's settings.
     None means "not given".
     """
     file = {name: value for name, value in file.items() if value is not None}
@@ -87,8 +89,10 @@ def _preset_name(file: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
     if "preset" in flags:
         return str(flags["preset"])
     method = flags.get("method", file.get("method", "id3"))
-    default = f"{method}-default" if f"{method}-default" in PRESETS else "none"
-    if "method" in flags and flags["method"] != file.get("method", flags["method"]):
+    adapter = flags.get("adapter", file.get("adapter"))
+    usual = f"{method}-{'default' if adapter is None else 'adapter'}"
+    default = usual if usual in PRESETS else "none"
+    if any(key in flags and flags[key] != file.get(key, flags[key]) for key in _CHOOSE):
         return default
     return str(file.get("preset", default))
 

@@ -1,7 +1,7 @@
 """Presets: named sets of settings that work, one plain dict each.
 
 A preset stands below the configuration file and the flags, so anything may be overruled; its name
-is recorded in the run. `<method>-default` is what `deltakit train --method <method>` uses.
+is recorded in the run. `<method>-default` is what `deltakit train --method <method>` uses, with an adapter `<method>-adapter`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # method -> settings
     "u-bitfit": _default(1e-3),
 }
 
+# Methods that choose single weights, wherever they stand.
+ADAPTERS = (
+    *("id3", "random", "bernoulli", "mask", "static", "increment", "repeat", "drop-and-grow"),
+    *("pafi", "super-tuning", "sift", "sam", "snip", "grasp", "fish", "lt-sft"),
+)
+
+# Adapters start from noise and zeros, not from trained weights: their entries crowd less and move
+# further, so the rates are those of adapters, and no tensor of theirs is left out.
+ADAPTER_LR = 2e-3
+
 _ID3 = {
     "method": "id3",
     "allocation": "global",
@@ -66,6 +76,21 @@ _ID3 = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     **{f"{method}-default": {"method": method, **more} for method, more in DEFAULTS.items()},
+    **{
+        f"{method}-adapter": {"method": method, **more, "exclude": [], "lr": ADAPTER_LR}
+        for method, more in DEFAULTS.items()
+        if method in ADAPTERS
+    },
+    # He et al. 2022 (SparseAdapter): connection sensitivity at the start, the rest zero.
+    "sparse-adapter": {
+        "method": "snip",
+        "num_batches": 1,
+        "masked": "zero",
+        "allocation": "global",
+        "age": "entry",
+        "lr": ADAPTER_LR,
+        "exclude": [],
+    },
     # Agarwal et al. 2024, algorithm 1, with D3 reduced to the gradient.
     "id3-paper": {**_ID3, "eps": 1.0, "exp": 0.0},
     # Agarwal et al. 2024, language understanding; the rate is not the paper's.
