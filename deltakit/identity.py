@@ -90,8 +90,11 @@ def check_base(delta: SparseDelta, checkpoint: Checkpoint, *, allow: bool = Fals
 
     Raises CoordinateError for a tensor that the checkpoint lacks or has in another shape, and
     BaseMismatchError for another dtype or other values. `allow` turns other values, and another
-    dtype where `add` can still be done, into notes.
+    dtype where `add` can still be done, into notes. Of an adapter's delta the base's tensors are
+    checked at which it stands.
     """
+    if delta.adapter is not None:
+        return _check_adapter(delta, checkpoint, allow)
     known = {} if delta.base is None else delta.base.tensors
     notes: dict[str, list[str]] = {}  # a note -> the tensors that it is about
     for name, tensor in delta.tensors.items():
@@ -107,6 +110,36 @@ def check_base(delta: SparseDelta, checkpoint: Checkpoint, *, allow: bool = Fals
         _check_extra(name, extra, checkpoint)
     first = [NO_BASE] if delta.base is None else []
     return first + [f"{_some(names)}: {note}" for note, names in notes.items()]
+
+
+def _check_adapter(delta: SparseDelta, checkpoint: Checkpoint, allow: bool) -> list[str]:
+    """The same for a delta of an adapter, by the fingerprints of tensors that are not its own."""
+    known = {} if delta.base is None else delta.base.tensors
+    stands = {name: seen.sample for name, seen in known.items() if name not in delta.tensors}
+    others = []
+    for name, expected in stands.items():
+        if name not in checkpoint.tensors:
+            raise CoordinateError(
+                f"the adapter stands at tensor {name!r}, which {checkpoint.path} lacks"
+                f"{nearest(name, checkpoint.names)}"
+            )
+        info = checkpoint.tensors[name]
+        found = _digest(_values(checkpoint, info, sample_positions(name, info.shape), info.dtype))
+        if found != expected and not allow:
+            raise BaseMismatchError(
+                f"{checkpoint.path} is not the base of the adapter: tensor {name!r} has other values "
+                f"or another dtype (sample digest {found}, expected {expected}); "
+                f"{_hint(checkpoint)}"
+            )
+        others += [name] if found != expected else []
+    for name, extra in delta.extras.items():
+        _check_extra(name, extra, checkpoint)
+    if delta.base is None:
+        return [NO_BASE]
+    if not stands:
+        return ["no base values are recorded at the adapter, so they are not checked"]
+    told = "the base has other values than the adapter's; used all the same, as asked"
+    return [f"{_some(others)}: {told}"] if others else []
 
 
 def _some(names: list[str]) -> str:

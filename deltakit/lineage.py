@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from deltakit.delta import SparseDelta
@@ -12,7 +13,8 @@ from deltakit.dtypes import dtype_of
 
 
 def digest(delta: SparseDelta) -> str:
-    """16 hexadecimal digits of BLAKE2b over what a delta holds: tensors and extras, bit for bit.
+    """16 hexadecimal digits of BLAKE2b over what a delta holds: tensors and extras, bit for bit,
+    and what rebuilds its adapter.
 
     The same for a delta in memory and in a file, whatever its name, order of unmasking, base
     identity or provenance are.
@@ -26,6 +28,8 @@ def digest(delta: SparseDelta) -> str:
         if tensor.base_values is not None:
             seen.update(b"base")
             seen.update(tensor.base_values.data)
+    if delta.adapter is not None:  # whose values stand for others under another seed or kind
+        seen.update(json.dumps(asdict(delta.adapter), sort_keys=True).encode())
     for name, extra in delta.extras.items():
         seen.update(json.dumps([name, list(extra.shape), dtype_of(extra).name]).encode())
         seen.update(extra.tobytes())

@@ -20,7 +20,7 @@ def norms(rows: Rows, shape: tuple[int, int], transposed: bool) -> Array:
     """
     count, columns = shape
     total = np.zeros(columns if transposed else count, np.float64)
-    step = max(1, 4 * BLOCK // max(1, columns))
+    step = max(1, 2 * BLOCK // max(1, columns))
     for start in range(0, count, step):
         stop = min(start + step, count)
         block = rows(start, stop).astype(np.float64)

@@ -16,7 +16,7 @@ import numpy as np
 
 from deltakit.dtypes import Array
 
-BLOCK = 2**16  # elements that are summed at a time, so that they stay in the processor's cache
+BLOCK = 2**17  # elements that are summed at a time, so that they stay in the processor's cache
 _SPARSE = 0.5  # share of nonzero elements below which zeros are worth skipping
 
 Rows = Callable[[int, int], Array]
@@ -71,7 +71,7 @@ class Product:
         """Add left [b, r] @ right to `into` [b, m]; `room` is as large as it."""
         for rank, columns in enumerate(self._columns):
             column, row = left[:, rank], self.right[rank]
-            rows = np.flatnonzero(column)
+            rows = np.flatnonzero(column != 0)
             few_rows = rows.size < _SPARSE * len(column)
             if not rows.size or (columns is not None and not columns.size):
                 continue
@@ -87,7 +87,7 @@ class Product:
     @cached_property
     def _columns(self) -> list[Array | None]:
         """For each rank the columns where `right` is not zero; None where that is most of them."""
-        found = [np.flatnonzero(row) for row in self.right]
+        found = [np.flatnonzero(row != 0) for row in self.right]
         return [each if each.size < _SPARSE * self.shape[1] else None for each in found]
 
 

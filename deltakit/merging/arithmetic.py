@@ -36,6 +36,10 @@ class Contribution:
         indices = self.delta.indices
         return slice(int(indices.searchsorted(start)), int(indices.searchsorted(stop)))
 
+    def within(self, start: int, stop: int) -> Contribution:
+        """A contribution that has all its entries with flat indices in [start, stop): itself."""
+        return self
+
 
 def cast(words: Array, source: DType, target: DType) -> Array:
     """Raw words [n] of dtype `source` as words of dtype `target`, rounded to nearest even."""

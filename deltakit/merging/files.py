@@ -16,7 +16,8 @@ from deltakit.errors import FormatError
 from deltakit.formats import rewrite
 from deltakit.formats.rewrite import Copied, Part, Piece
 from deltakit.formats.safetensors_file import SafetensorsFile, TensorInfo
-from deltakit.merging.arithmetic import Contribution, cast, merged_words, union_between
+from deltakit.merging.arithmetic import cast, merged_words, union_between
+from deltakit.merging.folding import Term
 from deltakit.merging.plan import WINDOW, Plan, extra_kind
 
 
@@ -102,8 +103,9 @@ def _part(plan: Plan, info: TensorInfo, overflows: Overflows) -> Part:
     out = plan.output_kind(kind)
     size = info.numel * out.itemsize
     pieces: Callable[[], Iterable[Piece]] = partial(_as_it_is, info)
-    if info.name in plan.touched or not info.kind is kind is out:
-        pieces = partial(_changed, info, plan.touched.get(info.name, ()), kind, out, overflows)
+    terms = plan.terms(info.name)
+    if terms or not info.kind is kind is out:
+        pieces = partial(_changed, info, terms, kind, out, overflows)
     part = Part(info.name, out.code, info.shape, size, pieces)
     rows = plan.appended.get(info.name)
     return part if rows is None else _longer(part, rows, kind, out)
@@ -139,7 +141,7 @@ def _extra(plan: Plan, name: str) -> Part:
 
 def _changed(
     info: TensorInfo,
-    contributions: Sequence[Contribution],
+    terms: Sequence[Term],
     kind: DType,
     out: DType,
     overflows: Overflows,
@@ -151,15 +153,17 @@ def _changed(
         for start in range(0, info.numel, WINDOW):
             stop = min(start + WINDOW, info.numel)
             offset = info.offset + start * itemsize
+            contributions = [term.within(start, stop) for term in terms]
             at = union_between(contributions, start, stop) if contributions else np.empty(0, int)
             if not at.size and info.kind is kind is out:
                 yield Copied(info.file, offset, (stop - start) * itemsize)
                 continue
             words = cast(_read(file, info, offset, buffer[: stop - start]), info.kind, kind)
-            before = words[at - start]
+            place = at - start
+            before = words[place]
             after = merged_words(before, at, contributions, kind)
             count_overflows(info.name, before, after, kind, overflows)
-            words[at - start] = after
+            words[place] = after
             yield cast(words, kind, out).view(np.uint8).data
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deltakit.adapters.initial import STORED
 from deltakit.delta import SparseDelta
 from deltakit.dtypes import Array
 from deltakit.errors import ConfigError, DeltaError
@@ -28,6 +29,13 @@ class Input:
     path: Path | None
     delta: SparseDelta
     weight: float
+
+    @property
+    def extras(self) -> dict[str, Array]:
+        """The delta's extras that belong into a merged model: initial values of an adapter do not."""
+        if self.delta.adapter is None:
+            return dict(self.delta.extras)
+        return {n: a for n, a in self.delta.extras.items() if not n.startswith(STORED)}
 
 
 def read_inputs(
@@ -57,9 +65,11 @@ def read_inputs(
 
 
 def contributions(inputs: Sequence[Input]) -> dict[str, list[Contribution]]:
-    """Tensor name -> the deltas that have entries in it, in the order of the merge."""
+    """Tensor name -> the deltas of base weights that have entries in it, in the order of the merge."""
     found: dict[str, list[Contribution]] = {}
     for each in inputs:
+        if each.delta.adapter is not None:  # see `deltakit.merging.folding`
+            continue
         for name, tensor in each.delta.tensors.items():
             if tensor.nnz:
                 found.setdefault(name, []).append(Contribution(each.weight, tensor))
@@ -87,9 +97,10 @@ def common_extras(inputs: Sequence[Input], head: int | None) -> dict[str, Array]
     Raises DeltaError for extras that differ and are not settled by `head`, and for a name that is
     an extra of one delta and has entries in another.
     """
-    extras = _agreed("extra", [each.delta.extras for each in inputs], inputs, head, _same_array)
+    extras = _agreed("extra", [each.extras for each in inputs], inputs, head, _same_array)
     for each in inputs:
-        both = [n for n, t in each.delta.tensors.items() if n in extras and t.nnz]
+        tensors = {} if each.delta.adapter is not None else each.delta.tensors
+        both = [n for n, t in tensors.items() if n in extras and t.nnz]
         if both:
             raise DeltaError(
                 f"{both[0]!r} is a whole extra in one delta and has single entries in "

@@ -171,7 +171,7 @@ def merge(
         method=method,
         dtype=dtype,
         bytes=sum(sizes.values()),
-        tensors=len(plan.touched),
+        tensors=len(plan.touched.keys() | plan.folded.keys()),
         entries=plan.entries,
         extras=tuple(sorted(plan.extras, key=str.encode)),
         files=tuple(sizes),

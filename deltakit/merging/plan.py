@@ -17,6 +17,7 @@ from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_file import GATHER_MAPPED, TensorInfo
 from deltakit.identity import NO_BASE, check_base
 from deltakit.merging.arithmetic import Contribution, union_between
+from deltakit.merging.folding import Term, fold, folding_memory
 from deltakit.merging.inputs import Input, chosen_head, common_config, common_extras, contributions
 from deltakit.merging.quantized import Quantized, plain_part, quantized_in, refuse_conversion
 
@@ -30,7 +31,8 @@ WINDOW = 2**18  # elements that are read, changed and written at a time
 class Plan:
     """A merge, ready to be written.
 
-    touched: tensor name -> the contributions to it. extras: name -> whole tensors to be written.
+    touched: tensor name -> the contributions to it. folded: the same with those of adapters, for
+    the tensors at which adapters stand. extras: name -> whole tensors to be written.
     config: keys to be changed in config.json. dtype: as asked for: None, "trained" or a name.
     untouched: for "trained", the dtype that tensors without entries take (None: their own).
     requantizer: makes the tensors that are quantised again, or None. deferred: whose base values are
@@ -49,11 +51,18 @@ class Plan:
     requantizer: Requantizer | None = None
     deferred: Sequence[Input] = ()
     allow_base_mismatch: bool = False
+    folded: Mapping[str, Sequence[Term]] = field(default_factory=dict)
 
     @property
     def entries(self) -> int:
-        """Entries that change: the union of the supports, over all tensors."""
-        return sum(_union_size(parts) for parts in self.touched.values())
+        """Entries that change: the union of the supports, over all tensors, and the entries of
+        adapters, as they stand in these."""
+        plain = sum(_union_size(parts) for parts in self.touched.values())
+        return plain + sum(e.delta.nnz for e in self.inputs if e.delta.adapter is not None)
+
+    def terms(self, name: str) -> Sequence[Term]:
+        """All that is merged into a tensor of the base, in order."""
+        return self.folded.get(name) or self.touched.get(name, ())
 
     @property
     def appended(self) -> dict[str, Array]:
@@ -87,7 +96,8 @@ class Plan:
         window = 24 * min(WINDOW, largest) + densest * (64 + 32 * len(self.inputs))
         descriptions = 2**20 + 4096 * len(self.base.tensors)
         again = 0 if self.requantizer is None else self.requantizer.peak_memory
-        return held + converted + window + descriptions + GATHER_MAPPED + again
+        folding = folding_memory(self.folded, min(WINDOW, largest), len(self.base.shards))
+        return held + converted + window + descriptions + GATHER_MAPPED + again + folding
 
 
 def plan_merge(
@@ -153,7 +163,26 @@ def plan_merge(
         )
     for name in touched:  # refuses dtypes that cannot be read before anything is written
         plan.merge_kind(base.tensors[name])
-    return plan
+    return _with_adapters(plan)
+
+
+def _with_adapters(plan: Plan) -> Plan:
+    """The plan with what adapters change, which may depend on how the base's tensors are merged."""
+    if all(each.delta.adapter is None for each in plan.inputs):
+        return plan
+    if plan.requantizer is not None:
+        raise ConfigError(
+            "adapters are folded into full-precision weights; merge them into the full-precision "
+            "base, or without them with --requantize"
+        )
+    folded = fold(plan.inputs, plan.base, plan.merge_kind)
+    whole = [name for name in folded if name in plan.extras]
+    if whole:
+        raise DeltaError(
+            f"{whole[0]!r} is a whole extra in one delta and an adapter stands at it; the two cannot "
+            "be merged"
+        )
+    return replace(plan, folded=folded)
 
 
 def check_arrived(plan: Plan, file: str) -> None:

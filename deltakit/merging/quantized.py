@@ -100,6 +100,7 @@ def quantized_in(
     """
     found: dict[str, Quantized] = {}
     for each in inputs:
+        _refuse_adapter(each, base)
         for name, tensor in each.delta.tensors.items():
             quantized = quantization(base, name)
             if quantized is None or _holds_codes(tensor, each.weight, quantized.info):
@@ -140,6 +141,18 @@ def plain_part(delta: SparseDelta, quantized: Mapping[str, Quantized]) -> Sparse
         extras=delta.extras,
         base=delta.base,
     )
+
+
+def _refuse_adapter(given: Input, base: Checkpoint) -> None:
+    adapter = given.delta.adapter
+    for name in () if adapter is None else given.delta.tensors:
+        quantized = quantization(base, f"{adapter.split(name)[0]}.weight")
+        if quantized is not None:
+            raise BaseMismatchError(
+                f"{given.label}: the adapter stands at tensor {quantized.info.name!r}, which is "
+                f"quantised in {quantized.info.file} ({quantized.how}); merge into the "
+                f"full-precision base{_named(given.delta)}"
+            )
 
 
 def _holds_codes(tensor: TensorDelta, weight: float, info: TensorInfo) -> bool:
