@@ -43,6 +43,7 @@ COMMANDS = {
     "diff": Entry("deltakit.cli.diff", "Take the exact difference of two checkpoints."),
     "convert": Entry("deltakit.cli.convert", "Convert deltas from and to the formats of others."),
     "verify": Entry("deltakit.cli.verify", "Check a delta's bytes, and its base if given."),
+    "push": Entry("deltakit.cli.push", "Publish deltas, a run or a model on the Hub."),
     "pull": Entry("deltakit.cli.pull", "Get a delta from the Hub, whole and checked."),
 }
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from deltakit.patching.states import state_digest as state_digest
     from deltakit.patching.stream import PatchStream as PatchStream
     from deltakit.publishing.pull import pull as pull
+    from deltakit.publishing.push import push as push
     from deltakit.rebasing import rebase as rebase
     from deltakit.selection import ID3 as ID3
     from deltakit.selection import BernoulliMask as BernoulliMask
@@ -115,6 +116,7 @@ _EXPORTS = {
     "merge": "deltakit.merging.merge",
     "merge_in_place": "deltakit.in_place.merge",
     "pull": "deltakit.publishing.pull",
+    "push": "deltakit.publishing.push",
     "rebase": "deltakit.rebasing",
     "restrict": "deltakit.algebra",
     "revert": "deltakit.in_place.revert",

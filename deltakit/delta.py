@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from deltakit.adapter import Adapter
 from deltakit.dtypes import Array, DType, dtype, dtype_of
 from deltakit.errors import DeltaError
+
+if TYPE_CHECKING:
+    from deltakit.publishing.push import PushReport
 
 Mode = Literal["add", "set"]
 MAX_NUMEL = 2**62  # keeps every sum of an index and a length inside int64
@@ -277,6 +280,22 @@ class SparseDelta:
         from deltakit.publishing.pull import read
 
         return read(repo, revision=revision, budget=budget)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> PushReport:
+        """Publish this delta as delta.sdelta of a repository, with a card; one commit, or none.
+
+        repo_id, options and errors: those of `deltakit.push`.
+        """
+        from pathlib import Path
+        from tempfile import TemporaryDirectory
+
+        from deltakit.formats.sdelta import save
+        from deltakit.publishing.push import push
+
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "delta.sdelta")
+            save(self, file)
+            return push(file, repo_id, **options)
 
     def equals(self, other: SparseDelta) -> bool:
         """Bitwise equality of tensors and extras, and equality of all descriptions."""

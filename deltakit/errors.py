@@ -85,6 +85,10 @@ class HubAccessError(HubError, PermissionError):
     """The Hub wants another token, or the repository's owner to be asked first."""
 
 
+class HubConflictError(HubError):
+    """Somebody else changed the same thing on the Hub meanwhile."""
+
+
 class HubUnavailableError(HubError, ConnectionError):
     """The Hub is away, busy or not to be asked; the same command may work later."""
 

@@ -71,6 +71,10 @@ class Hub(Uploads):
                 return self.preupload(request, self.repo_for(request, kind, owner, name), revision)
             case ["POST", "api", kind, owner, name, "commit", revision] if kind in KINDS:
                 return self.commit(request, self.repo_for(request, kind, owner, name), revision)
+            case ["POST", "api", kind, owner, name, "branch", branch] if kind in KINDS:
+                return self.branch(request, self.repo_for(request, kind, owner, name), branch)
+            case ["POST", "api", kind, owner, name, "tag", revision] if kind in KINDS:
+                return self.tag(request, self.repo_for(request, kind, owner, name), revision)
             case ["POST", "lfs", "complete", sha256, parts]:
                 return self.complete(request, sha256, int(parts))
             case ["POST", "lfs", "verify"]:

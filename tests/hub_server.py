@@ -12,8 +12,10 @@ beginning of "METHOD /path" (of either origin).
 from __future__ import annotations
 
 import re
+import socket
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -34,14 +36,20 @@ Change = Callable[[Response], Response]
 class Fault:
     """Something that goes wrong with the next `times` requests that begin with `route`.
 
-    instead: makes another response of the right one. after: bytes of the body after which the
-    connection is dropped, though the headers promise all of it.
+    refusal: what is answered without doing what was asked for. instead: makes another response of
+    the right one. after: bytes of the body after which the connection is dropped, though the
+    headers promise all of it. cut: bytes of the request's body after which the connection is
+    dropped, so that the request has no effect. lost: whether the request has its effect and the
+    connection is dropped before the answer.
     """
 
     route: str
     times: int
+    refusal: Response | None = None
     instead: Change | None = None
     after: int | None = None
+    cut: int | None = None
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,13 +115,30 @@ class HubServer(Hub):
     def fail(
         self, route: str, status: int, times: int = 1, headers: Mapping[str, str] | None = None
     ) -> None:
-        """Answer with an error status."""
-        response = Response(status, b"{}", dict(headers or {}))
-        self.faults.append(Fault(route, times, instead=lambda _: response))
+        """Answer with an error status, and do nothing else."""
+        refusal = Response(status, b"{}", dict(headers or {}))
+        self.faults.append(Fault(route, times, refusal=refusal))
 
     def drop(self, route: str, after: int, times: int = 1) -> None:
         """Drop the connection after so many bytes of the body."""
         self.faults.append(Fault(route, times, after=after))
+
+    def cut(self, route: str, after: int, times: int = 1) -> None:
+        """Drop the connection after so many bytes of what the client sends."""
+        self.faults.append(Fault(route, times, cut=after))
+
+    def lose(self, route: str, times: int = 1) -> None:
+        """Do what is asked, and drop the connection before answering."""
+        self.faults.append(Fault(route, times, lost=True))
+
+    def meanwhile(self, route: str, act: Callable[[], object], times: int = 1) -> None:
+        """Do something after a request and before its answer."""
+
+        def acted(right: Response) -> Response:
+            act()
+            return right
+
+        self.faults.append(Fault(route, times, instead=acted))
 
     def corrupt(self, route: str, times: int = 1) -> None:
         """Send a body of the right length with one wrong byte in its middle."""
@@ -154,6 +179,13 @@ def _handler(hub: HubServer, answer: Callable[[Request], Response]) -> type[Base
 
         def _serve(self) -> None:
             parts = urlsplit(self.path)
+            call = f"{self.command} {unquote(parts.path)}"
+            fault = hub.fault(call)
+            if fault is not None and fault.cut is not None:
+                self.rfile.read(fault.cut)
+                hub.seen.append(Seen(call, None, 0, 0))
+                self._hang_up()
+                return
             request = Request(
                 method=self.command,
                 path=parts.path,
@@ -162,8 +194,12 @@ def _handler(hub: HubServer, answer: Callable[[Request], Response]) -> type[Base
                 headers={name.lower(): value for name, value in self.headers.items()},
                 body=self._body(),
             )
-            call = f"{self.command} {unquote(parts.path)}"
-            response, fault = answer(request), hub.fault(call)
+            refusal = None if fault is None else fault.refusal
+            response = answer(request) if refusal is None else refusal
+            if fault is not None and fault.lost:
+                hub.seen.append(Seen(call, None, 0, 0))
+                self._hang_up()
+                return
             if fault is not None and fault.instead is not None:
                 response = fault.instead(response)
             body = b"" if self.command == "HEAD" else response.body
@@ -178,6 +214,11 @@ def _handler(hub: HubServer, answer: Callable[[Request], Response]) -> type[Base
             self.send_header("Content-Length", str(len(response.body)))
             self.end_headers()
             self.wfile.write(body)
+
+        def _hang_up(self) -> None:
+            self.close_connection = True
+            with suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
 
         def _body(self) -> bytes:
             if self.headers.get("Transfer-Encoding") != "chunked":

@@ -6,25 +6,30 @@ import base64
 import json
 from math import ceil
 from typing import Any
+from urllib.parse import urlencode
 
 from hub_http import Refusal, Request, Response, as_json
 from hub_repos import Blob, Repo
 
+SIGNATURE = "s1gned"  # whoever knows an address with it may upload
 KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 
 class Uploads:
     """Repositories, users and large objects, and the calls that change them.
 
-    tokens: token -> user name. granted: users that may read gated repositories. threshold: bytes
-    from which a file is large, as are all .sdelta and .safetensors. chunk: bytes of a part of a
-    multipart upload, for objects larger than it. page: entries of one page of a tree.
+    tokens: token -> user name. readers: tokens that may only read. renamed: old name -> name of a
+    repository, whose calls are redirected. granted: users that may read gated repositories.
+    threshold: bytes from which a file is large, as are all .sdelta and .safetensors. chunk: bytes
+    of a part of a multipart upload, for objects larger than it. page: entries of one page of a tree.
     """
 
     def __init__(self) -> None:
         self.url = self.cdn = ""
         self.repos: dict[tuple[str, str], Repo] = {}
         self.tokens: dict[str, str] = {}
+        self.readers: set[str] = set()
+        self.renamed: dict[str, str] = {}
         self.granted: set[str] = set()
         self.objects: dict[str, bytes] = {}
         self.parts: dict[tuple[str, int], bytes] = {}
@@ -36,7 +41,7 @@ class Uploads:
         """A new repository; 409 with the same body where there is one."""
         asked, user = request.json, self.user_of(request)
         owner = asked.get("organization") or user
-        if owner != user:
+        if owner != user or request.token in self.readers:
             raise Refusal(403, None, f"You don't have the rights to create under {owner}")
         kind, name = asked.get("type", "model"), f"{owner}/{asked['name']}"
         private = asked.get("private") or asked.get("visibility") == "private"
@@ -51,12 +56,13 @@ class Uploads:
         """Which files are large, and what is there already under their names."""
         self.writable(repo, request)
         present = self.files_at(repo, revision)
+        ignored = present[".gitignore"].data.decode().split() if ".gitignore" in present else []
         told = []
         for file in request.json["files"]:
             path = file["path"]
             lfs = file["size"] >= self.threshold or path.endswith((".sdelta", ".safetensors"))
             mode = "lfs" if lfs else "regular"
-            told.append({"path": path, "uploadMode": mode, "shouldIgnore": False})
+            told.append({"path": path, "uploadMode": mode, "shouldIgnore": path in ignored})
             if path in present:
                 told[-1]["oid"] = present[path].etag
         return as_json({"files": told})
@@ -71,10 +77,11 @@ class Uploads:
         told: dict[str, Any] = {"oid": sha256, "size": size}
         if sha256 in self.objects:
             return told
-        upload: dict[str, Any] = {"href": f"{self.cdn}/object/{sha256}"}
+        upload: dict[str, Any] = {"href": f"{self.cdn}/object/{sha256}?signature={SIGNATURE}"}
         if self.chunk is not None and size > self.chunk:
             count = ceil(size / self.chunk)
-            parts = {str(n): f"{self.cdn}/part/{sha256}/{n}" for n in range(1, count + 1)}
+            part = f"{self.cdn}/part/{sha256}"
+            parts = {str(n): f"{part}/{n}?signature={SIGNATURE}" for n in range(1, count + 1)}
             upload = {
                 "href": f"{self.url}/lfs/complete/{sha256}/{count}",
                 "header": {"chunk_size": str(self.chunk), **parts},
@@ -119,6 +126,24 @@ class Uploads:
         url = f"{self.url}/{prefix}{repo.id}/commit/{oid}"
         return as_json({"success": True, "commitOid": oid, "commitUrl": url})
 
+    def branch(self, request: Request, repo: Repo, name: str) -> Response:
+        """A new branch, of main's head unless the request tells another start."""
+        self.writable(repo, request)
+        if name in repo.refs:
+            return Response(409, b"{}")
+        repo.refs[name] = repo.resolve(request.json.get("startingPoint", "main")) or ""
+        return Response()
+
+    def tag(self, request: Request, repo: Repo, revision: str) -> Response:
+        """A new tag of a revision."""
+        self.writable(repo, request)
+        name = request.json["tag"]
+        if name in repo.refs:
+            return Response(409, b"{}")
+        self.files_at(repo, revision)
+        repo.tag(name, revision)
+        return Response()
+
     def user_of(self, request: Request) -> str:
         """Who asks; 401 for nobody."""
         if request.token is None:
@@ -128,6 +153,11 @@ class Uploads:
     def repo_for(self, request: Request, kind: str, owner: str, name: str) -> Repo:
         """The repository, if the request may know of it: what is private is told as missing."""
         user = None if request.token is None else self.tokens[request.token]
+        new = self.renamed.get(f"{owner}/{name}")
+        if new is not None:
+            there = request.path.replace(f"/{owner}/{name}", f"/{new}", 1)
+            query = urlencode(request.query, doseq=True)
+            raise Refusal(307, None, "Moved", Location=f"{self.url}{there}?{query}")
         repo = self.repos.get((KINDS[kind], f"{owner}/{name}"))
         if repo is None or (repo.private and user != repo.owner):
             status = 401 if user is None else 404
@@ -142,7 +172,7 @@ class Uploads:
 
     def writable(self, repo: Repo, request: Request) -> None:
         """Refuse who may not write."""
-        if self.user_of(request) != repo.owner:
+        if self.user_of(request) != repo.owner or request.token in self.readers:
             raise Refusal(403, None, "You don't have the rights to write to this repository")
 
     def files_at(self, repo: Repo, revision: str) -> dict[str, Blob]:

@@ -18,6 +18,12 @@ WEIGHTS = ".safetensors"
 INDEX = ".safetensors.index.json"
 DESCRIPTION = (".json", ".txt", ".model", ".jinja")  # configuration, tokenizer, generation
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# A file that tells of another format, and those that may hold its numbers, the best first.
+_FOREIGN = (
+    ("adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")),
+    ("manifest.json", ("patches.safetensors",)),
+    ("pytorch_diff.bin", ()),
+)
 
 
 def delta_file(listing: Listing) -> str:
@@ -49,6 +55,27 @@ def is_delta(listing: Listing) -> bool:
     if deltas and weights:
         raise which(listing, [*deltas, *weights])
     return bool(deltas)
+
+
+def foreign_files(listing: Listing, read: Callable[[str], bytes]) -> list[str]:
+    """The files of what is to be converted: a delta, an adapter or patch of another format in a
+    folder of its own, or a checkpoint; or the file named, with the JSON that describes it beside.
+
+    read: as for `weight_files`. Pickles are among them where nothing else is there; deltakit reads
+    these without unpickling. Raises ConfigError and HubError as `delta_file` and `weight_files` do.
+    """
+    path = listing.location.path
+    if listing.holds_file():
+        folder = path.rpartition("/")[0]
+        beside = [_join(folder, name) for name, _ in _FOREIGN if name.endswith(".json")]
+        return [path, *(name for name in beside if name in listing.files and name != path)]
+    if any(name.endswith(DELTA) for name in listing.below()):
+        return [delta_file(listing)]
+    for mark, weights in _FOREIGN:
+        found = [listing.join(name) for name in weights if listing.join(name) in listing.files]
+        if listing.join(mark) in listing.files and (found or not weights):
+            return [listing.join(mark), *found[:1]]
+    return weight_files(listing, read)
 
 
 def description_files(listing: Listing) -> list[str]:
