@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from deltakit.adapters.initial import STORED
+from deltakit.adapters.refusal import MERGE, refuse_adapters, require_one_adapter
 from deltakit.comparing.base_agreement import base_of, require_one_base
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.differences import changes_of, proven_differences
@@ -35,6 +37,7 @@ def add(one: SparseDelta, other: SparseDelta) -> SparseDelta:
     Raises BaseMismatchError for deltas of different bases and DeltaError for deltas that
     contradict each other.
     """
+    refuse_adapters((one.adapter, other.adapter), "adding", MERGE)
     require_one_base(one, other)
     tensors = dict(one.tensors)
     for name, theirs in other.tensors.items():
@@ -63,6 +66,7 @@ def scale(delta: SparseDelta, weight: float) -> SparseDelta:
         raise ConfigError(f"weight {weight} is not finite")
     if weight == 1:
         return delta
+    refuse_adapters([delta.adapter], "scaling", MERGE)
     tensors = {name: _scaled(tensor, weight) for name, tensor in delta.tensors.items()}
     return _derived(delta, tensors, {"operation": "scale", "weight": weight})
 
@@ -74,6 +78,7 @@ def subtract(one: SparseDelta, other: SparseDelta) -> SparseDelta:
     added gives the delta back wherever the sums are exact in float32. Extras and configuration are
     those of `one`. Raises as `add` and `scale` do.
     """
+    refuse_adapters((one.adapter, other.adapter), "subtracting", MERGE)
     require_one_base(one, other)
     tensors = dict(one.tensors)
     for name, theirs in other.tensors.items():
@@ -95,11 +100,12 @@ def subtract(one: SparseDelta, other: SparseDelta) -> SparseDelta:
 def intersect(delta: SparseDelta, *others: SparseDelta) -> SparseDelta:
     """The entries of `delta`, with its values, that all the others have too.
 
-    Tensors without entries go; extras and configuration of `delta` stay. Raises BaseMismatchError
+    Tensors without entries go, except those of an adapter; extras and configuration of `delta` stay. Raises BaseMismatchError
     for deltas of different bases.
     """
     tensors = dict(delta.tensors)
     for other in others:
+        require_one_adapter(delta.adapter, other.adapter)
         require_one_base(delta, other)
         tensors = _within(tensors, other)
     step = {"operation": "intersect", "with": [dict(other.provenance) for other in others]}
@@ -116,17 +122,20 @@ def restrict(
     tensors: shell patterns ("*.query.weight") or whole parts of dotted names ("encoder.layer.0");
     None takes all. They choose among extras too, and configuration changes go with the last extra.
     support: a delta whose entries, whatever their values, are those that may stay.
+    Tensors of an adapter that are not chosen have their initial values.
     Raises ConfigError for a pattern that matches nothing and BaseMismatchError for different bases.
     """
     names = [*delta.tensors, *delta.extras]
     patterns = [tensors] if isinstance(tensors, str) else None if tensors is None else [*tensors]
     chosen = matching(patterns, dict.fromkeys(names), "pattern")
     made = {name: tensor for name, tensor in delta.tensors.items() if name in chosen}
-    extras = {name: array for name, array in delta.extras.items() if name in chosen}
+    kept = set() if delta.adapter is None else {STORED + name for name in delta.tensors}
+    extras = {name: array for name, array in delta.extras.items() if name in chosen or name in kept}
     step: dict[str, Any] = {"operation": "restrict"}
     if patterns is not None:
         step["tensors"] = patterns
     if support is not None:
+        require_one_adapter(delta.adapter, support.adapter)
         require_one_base(delta, support)
         made = _within(made, support)
         step["support"] = dict(support.provenance)
@@ -138,6 +147,9 @@ def _derived(
     delta: SparseDelta, tensors: Mapping[str, TensorDelta], step: Mapping[str, Any]
 ) -> SparseDelta:
     """`delta` with other tensors, and the step from it at the end of its lineage."""
+    if delta.adapter is not None:  # whose tensors are all there, with entries or without
+        empty = {name: tensor.take([]) for name, tensor in delta.tensors.items()}
+        tensors = {**empty, **tensors}
     lineage = [*delta.provenance.get("lineage", []), {**step, "from": delta.nnz}]
     return replace(
         delta,

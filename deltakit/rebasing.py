@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from deltakit.adapters.refusal import refuse_adapters
 from deltakit.delta import Mode, SparseDelta, TensorDelta
 from deltakit.differences import proven_differences
 from deltakit.dtypes import Array, add_exact
@@ -30,11 +31,14 @@ def rebase(
     lineage in the provenance names it under "stayed_set".
     keep_base: whether set tensors carry the base's bits, which weights and truncation need.
 
-    Supports, order, extras and the base's identity stay. Raises ConfigError for another mode and
-    BaseMismatchError for a checkpoint that is not the delta's base.
+    Supports, order, extras and the base's identity stay. Raises ConfigError for another mode,
+    BaseMismatchError for a checkpoint that is not the delta's base and DeltaError for a delta of an
+    adapter.
     """
     if mode not in ("add", "set"):
         raise ConfigError(f"mode {mode!r}: mode is add or set")
+    initial = "its values are differences to the adapter's initial ones, which a seed gives"
+    refuse_adapters([delta.adapter], "another mode", initial)
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint(os.fspath(base))
     check_base(delta, checkpoint)
     tensors = {}

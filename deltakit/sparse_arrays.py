@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from deltakit.adapters.refusal import refuse_adapters
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.differences import changes_of
 from deltakit.dtypes import Array, dtype
@@ -27,6 +28,9 @@ from deltakit.rebasing import rebase
 
 if TYPE_CHECKING:
     import torch
+
+_WHOLE = "deltakit merge folds them into the base, delta.tensors holds their own entries"
+_EXPORT = "deltakit merge folds them into the base, deltakit convert exports the adapter itself"
 
 Base = str | os.PathLike[str] | Checkpoint
 
@@ -53,6 +57,7 @@ def to_scipy(delta: SparseDelta) -> dict[str, Any]:
     installed SciPy does not hold them (one: from 1.13, more: from 1.15; none: never), DeltaError
     for a `set` tensor without base values.
     """
+    refuse_adapters([delta.adapter], "an array of differences by tensor of the base", _WHOLE)
     import scipy
     from scipy.sparse import coo_array
 
@@ -100,6 +105,7 @@ def to_torch(delta: SparseDelta) -> dict[str, torch.Tensor]:
     Extras are not in it. Raises ConfigError for a tensor without dimensions, DeltaError for a `set`
     tensor without base values.
     """
+    refuse_adapters([delta.adapter], "an array of differences by tensor of the base", _WHOLE)
     import torch
 
     tensors = {}
@@ -148,6 +154,7 @@ def to_vllm(delta: SparseDelta, base: Base | None = None) -> list[WeightPatch]:
     Raises ConfigError for dtypes other than floats, for NaN, and where the base is missing.
     Source: vLLM PR 50723 (2026).
     """
+    refuse_adapters([delta.adapter], "a patch of weights", _EXPORT)
     import torch
 
     from deltakit.live.arrays import to_torch as as_tensor

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from deltakit.adapters.refusal import MERGE, refuse_adapters
 from deltakit.combine.linear import plain
 from deltakit.combine.method import Method, make_method
 from deltakit.combine.tasks import Task, Tasks, Vector
@@ -94,6 +95,7 @@ def stack_inputs(
     progress: Callable[[int, int], None] | None = None,
 ) -> SparseDelta:
     """See `stack`."""
+    refuse_adapters([each.delta.adapter for each in inputs], "stacking", MERGE)
     maker = make_method(method, flavour, options)
     notes = _check_base(inputs, base, allow_base_mismatch)
     notes += _check_agreement(inputs, allow_base_mismatch)

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from deltakit.adapter import Adapter
 from deltakit.delta import BaseIdentity, Fingerprint, SparseDelta, TensorDelta
 from deltakit.errors import BaseMismatchError
 
@@ -22,13 +23,16 @@ class Agreement(NamedTuple):
 
 
 class Described(Protocol):
-    """A SparseDelta or an open SdeltaFile: shapes and dtypes by tensor, and the base."""
+    """A SparseDelta or an open SdeltaFile: shapes and dtypes by tensor, the base, the adapter."""
 
     @property
     def tensors(self) -> Mapping[str, Any]: ...
 
     @property
     def base(self) -> BaseIdentity | None: ...
+
+    @property
+    def adapter(self) -> Adapter | None: ...
 
 
 def base_agreement(one: Described, other: Described) -> Agreement:
@@ -37,9 +41,10 @@ def base_agreement(one: Described, other: Described) -> Agreement:
     A shape that differs shows another base, and so does a digest of base values taken in the same
     dtype; a digest that agrees shows the same base. Without digests to compare, equal model ids
     and revisions count as the same, and anything else as unknown. Takes O(tensors).
+    Of an adapter's delta the tensors count at which it stands.
     """
     common = [name for name in one.tensors if name in other.tensors]
-    for name in common:
+    for name in common if one.adapter is None and other.adapter is None else ():
         shapes = [list(each.tensors[name].shape) for each in (one, other)]
         if shapes[0] != shapes[1]:
             return Agreement("different", f"tensor {name!r} has shape {shapes[0]} and {shapes[1]}")
@@ -49,13 +54,11 @@ def base_agreement(one: Described, other: Described) -> Agreement:
     if None not in totals and totals[0] != totals[1]:
         return Agreement("different", f"the bases have {totals[0]:,} and {totals[1]:,} weights")
     compared = 0
-    for name in common:
-        if one.tensors[name].trained_dtype != other.tensors[name].trained_dtype:
+    theirs = _samples(other)
+    for name, (dtypes, sample) in _samples(one).items():
+        if name not in theirs or not dtypes & theirs[name][0]:
             continue  # the digests are of values in different dtypes
-        prints = [each.base.tensors.get(name) for each in (one, other) if each.base is not None]
-        if None in prints:
-            continue
-        samples = [seen.sample for seen in prints if seen is not None]
+        samples = sample, theirs[name][1]
         if samples[0] != samples[1]:
             return Agreement(
                 "different",
@@ -68,6 +71,20 @@ def base_agreement(one: Described, other: Described) -> Agreement:
     if one.base.model_id is not None and _published(one.base) == _published(other.base):
         return Agreement("same", f"both were made for {one.base.model_id}")
     return Agreement("unknown", "no tensor is in both with a digest to compare")
+
+
+def _samples(given: Described) -> dict[str, tuple[set[str], str]]:
+    """Tensor of the base -> the dtypes in which its digest holds ("" for the one on disk, whatever
+    that is), and the digest."""
+    found = {}
+    for name, seen in ({} if given.base is None else given.base.tensors).items():
+        if given.adapter is None and name in given.tensors:
+            tensor = given.tensors[name]
+            on_disk = {""} if tensor.trained_dtype == tensor.dtype else set()
+            found[name] = ({tensor.trained_dtype, *on_disk}, seen.sample)
+        elif given.adapter is not None and name not in given.tensors:
+            found[name] = ({""}, seen.sample)
+    return found
 
 
 def require_one_base(one: SparseDelta, other: SparseDelta) -> None:
@@ -95,6 +112,7 @@ def base_of(made: Mapping[str, TensorDelta], *given: SparseDelta) -> BaseIdentit
 
     Digests of supports stay only where a tensor has the very support of one of the given deltas.
     The model id and revision stay where the deltas that record a base agree on them.
+    Of an adapter's delta also the digests of tensors that are not its own stay.
     """
     known = [delta for delta in given if delta.base is not None]
     bases = [delta.base for delta in known if delta.base is not None]
@@ -109,6 +127,9 @@ def base_of(made: Mapping[str, TensorDelta], *given: SparseDelta) -> BaseIdentit
                 prints[name] = seen if same else replace(seen, support=None)
                 if same:
                     break
+    for delta, base in zip(known, bases, strict=True):
+        if delta.adapter is not None:
+            prints |= {n: seen for n, seen in base.tensors.items() if n not in delta.tensors}
     agreed = len({_published(base) for base in bases}) == 1
     return BaseIdentity(
         model_id=bases[0].model_id if agreed else None,

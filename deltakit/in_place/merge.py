@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from deltakit.adapters.refusal import refuse_adapters
 from deltakit.delta import TensorDelta, in_tensor_order
 from deltakit.dtypes import Array, dtype_of
 from deltakit.errors import ConfigError, DeltakitError, OutputError
@@ -31,6 +32,8 @@ from deltakit.merging.files import Overflows, count_overflows
 from deltakit.merging.inputs import Given, chosen_head, read_inputs
 from deltakit.merging.merge import refuse_delta
 from deltakit.merging.plan import Plan, plan_merge
+
+_NEW_FILE = "they move whole tensors, all of which would stand in the journal; leave out --in-place"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +94,7 @@ def merge_in_place(
     """
     refuse_delta(model)
     given = read_inputs(deltas, weights)
+    refuse_adapters([each.delta.adapter for each in given], "merging in place", _NEW_FILE)
     with OpenWeights(model) as opened:
         checkpoint = opened.checkpoint
         journal = Journal(checkpoint)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from deltakit.adapters.refusal import MERGE, refuse_adapters
 from deltakit.delta import BaseIdentity, SparseDelta, TensorDelta
 from deltakit.errors import BaseMismatchError, DeltaError
 from deltakit.identity import fingerprint
@@ -115,6 +116,7 @@ def _position(cells: Any) -> Position:
 
 
 def _checked_link(delta: SparseDelta) -> Link:
+    refuse_adapters([delta.adapter], "a patch of weights", MERGE)
     link = link_of(delta)
     if link is None:
         raise DeltaError("a delta that records no chain is no patch and cannot be composed")
