@@ -24,6 +24,8 @@ from deltakit.live.state import State, state_of
 from deltakit.live.translation import read_stored, to_model
 from deltakit.merging.inputs import Given, Input, read_inputs
 from deltakit.patching.chain import link_of
+from deltakit.quantized.beside import beside, refuse_whole
+from deltakit.quantized.stand_in import StandIn
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +68,10 @@ class Locator:
         found = Applied(
             delta,
             weight,
-            self._by_live_name(to_model(delta.tensors, self.where, live)),
+            beside(self._by_live_name(to_model(delta.tensors, self.where, live)), live),
             self._by_live_name(to_model(extras, self.where, live)),
         )
+        refuse_whole(found.extras, live)
         for name in found.names:
             check_resident(name, live[name])
         if not self.allow_base_mismatch:
@@ -78,10 +81,27 @@ class Locator:
                 kind = dtype(dtype_name(live[name]))
                 return ledger.base_words(name, live[name], at).view(kind.numpy)
 
-            check_live_base(
-                delta, lambda name, at: read_stored(name, at, self.where, read), self.checkpoint
-            )
+            def base_values(name: str, at: Array) -> Array:
+                if self._codes(name, live):  # they do not tell their base; its checkpoint does
+                    assert self.checkpoint is not None
+                    kind = self.checkpoint.info(name).kind
+                    return self.checkpoint.gather(name, at).view(kind.numpy)
+                return read_stored(name, at, self.where, read)
+
+            check_live_base(self._checkable(delta, live), base_values, self.checkpoint)
         return found
+
+    def _codes(self, name: str, live: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a tensor of the checkpoint is quantised in the model."""
+        parts = self.where.by_stored.get(name)
+        return isinstance(live[parts[0].live if parts else self.where.live[name]], StandIn)
+
+    def _checkable(self, delta: SparseDelta, live: Mapping[str, torch.Tensor]) -> SparseDelta:
+        """The delta without quantised tensors where no checkpoint tells their base."""
+        if self.checkpoint is not None:
+            return delta
+        known = {n: t for n, t in delta.tensors.items() if not self._codes(n, live)}
+        return replace(delta, tensors=known)
 
     def _by_live_name(
         self, tensors: Mapping[str, Sequence[TensorDelta]]

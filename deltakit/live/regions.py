@@ -101,6 +101,13 @@ def whole(live: str, stored: str, shape: tuple[int, ...]) -> Region:
     return Region(live, shape, stored, shape, ((rows, rows),))
 
 
+def turned(live: str, stored: str, shape: tuple[int, ...]) -> Region:
+    """All of a live matrix, held transposed by a stored one of this shape."""
+    height, width = shape
+    columns = View(0, shape, (1, height))
+    return Region(live, (width, height), stored, shape, ((columns, View(0, shape, (width, 1))),))
+
+
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 

@@ -12,6 +12,7 @@ import torch
 from deltakit.dtypes import Array
 from deltakit.errors import CoordinateError
 from deltakit.live.arrays import dtype_name
+from deltakit.quantized.stand_in import StandIn
 
 _AS_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WORTH_A_THREAD = 50_000  # entries; starting a thread takes as long as writing some thousands
@@ -34,7 +35,12 @@ def word_tensor(words: Array, device: torch.device) -> torch.Tensor:
 
 
 def read_words(name: str, tensor: torch.Tensor, indices: Array) -> Array:
-    """The raw words [n] of a live tensor at flat indices, int64 [n], as unsigned integers."""
+    """The raw words [n] of a live tensor at flat indices, int64 [n], as unsigned integers.
+
+    Of a quantised one zeros, to which what stands beside its codes is added.
+    """
+    if isinstance(tensor, StandIn):
+        return np.zeros(len(indices), f"u{tensor.element_size()}")
     flat = flat_words(name, tensor)
     taken = flat.index_select(0, torch.from_numpy(indices).to(flat.device))
     return taken.cpu().numpy().view(f"u{tensor.element_size()}")
@@ -66,6 +72,11 @@ class Words:
 
     def write(self) -> None:
         """Overwrite the live weights. On the CPU by NumPy, whose loop runs beside other threads."""
+        if isinstance(self.tensor, StandIn):
+            from deltakit.quantized.beside import write_beside  # builds on the training engine
+
+            write_beside(self.name, self.tensor, self.indices, self.words)
+            return
         flat = flat_words(self.name, self.tensor)
         if flat.device.type == "cpu":
             flat.numpy()[self.indices.numpy()] = self.words.numpy()

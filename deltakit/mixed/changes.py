@@ -12,12 +12,13 @@ import torch
 
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.dtypes import Array, add_exact, dtype
-from deltakit.errors import BaseMismatchError, ConfigError, CoordinateError, nearest
+from deltakit.errors import BaseMismatchError, CoordinateError, nearest
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import fingerprint, sample_positions
 from deltakit.live.arrays import dtype_name, to_numpy, to_torch
 from deltakit.live.coordinates import Coordinates, coordinates, find_checkpoint, live_tensors
 from deltakit.live.translation import stored_values, to_model
+from deltakit.quantized.beside import as_added
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,17 +120,7 @@ def _change(live: torch.Tensor, parts: Sequence[TensorDelta]) -> Change:
 
 def _beside_codes(live: torch.Tensor, tensor: TensorDelta) -> Change:
     """The change of a quantised weight: the delta's own, which no rounding has touched."""
-    if tensor.mode == "add":
-        values = tensor.values
-    elif tensor.base_values is None:
-        raise ConfigError(
-            f"tensor {tensor.name!r} is quantised in the model and in set mode without base values "
-            "in the delta, so its changes are not known; make the delta anew with its base values"
-        )
-    else:
-        before = tensor.base_values.view(tensor.kind.numpy).astype(tensor.floats().dtype)
-        values = tensor.floats() - before
-    difference = to_torch(values).to(live.device)
+    difference = to_torch(as_added(tensor).values).to(live.device)
     return Change(to_torch(tensor.indices).to(live.device), difference, difference)
 
 

@@ -17,6 +17,7 @@ from deltakit.mixed.linear import BatchedLinear
 from deltakit.mixed.module import BatchedModule, Place
 from deltakit.mixed.positions import LAYER, BatchedPositions, makes_positions
 from deltakit.mixed.rows import Rows
+from deltakit.quantized.layers import is_quantised, quantised_layers
 
 Hook = Callable[[Rows, tuple[Any, ...], Mapping[str, Any], Any], Any]
 
@@ -85,10 +86,7 @@ def is_model(module: torch.nn.Module) -> bool:
 
 def quantised_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Live name -> [out, in] of the weights that the codes of quantised linear layers stand for."""
-    layers = model.named_modules()
-    return {
-        f"{path}.weight".lstrip("."): _shape(each) for path, each in layers if _is_quantised(each)
-    }
+    return {name: _shape(layer) for name, layer in quantised_layers(model).items()}
 
 
 def _find(model: torch.nn.Module, changes: Mapping[str, Mapping[int, Change]]) -> list[_Found]:
@@ -151,7 +149,7 @@ def _check(
         )
     for each in members:
         whole = _has_whole(each) or _runs_again(modules, each)
-        if whole and _is_quantised(each.place.module) and each.place.name == "weight":
+        if whole and is_quantised(each.place.module) and each.place.name == "weight":
             raise ConfigError(
                 f"tensor {each.tensor!r} is quantised in the model, so rows of one batch can have "
                 f"entries of their own there, but no tensor of their own{_ALONE}"
@@ -171,7 +169,7 @@ def _has_whole(found: _Found) -> bool:
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
-    return type(module) is torch.nn.Linear or _is_conv1d(module) or _is_quantised(module)
+    return type(module) is torch.nn.Linear or _is_conv1d(module) or is_quantised(module)
 
 
 def _is_embedding(module: torch.nn.Module) -> bool:
@@ -185,12 +183,6 @@ def _is_conv1d(module: torch.nn.Module) -> bool:
     # Where nothing has imported transformers, no layer is of its kind.
     transformers = sys.modules.get("transformers.pytorch_utils")
     return transformers is not None and type(module) is transformers.Conv1D
-
-
-def _is_quantised(module: torch.nn.Module) -> bool:
-    # Likewise; its layers multiply by the weight that their codes stand for.
-    library = sys.modules.get("bitsandbytes.nn")
-    return library is not None and isinstance(module, library.Linear4bit | library.Linear8bitLt)
 
 
 def _is_positions(modules: Mapping[str, torch.nn.Module], unit: str) -> bool:

@@ -30,8 +30,8 @@ class Calibrated:
         model, calibration = scene.calibrated(type(self.heuristic).__name__)
         with measuring(scene, model):
             sums = gradient_sums(scene, model, calibration, self.num_batches, self.seed)
-        weights = {t.number: t.parameter for t in scene.targets}
-        return Measurement(lambda n: self.heuristic.score(sums[n], widened(weights[n])))
+        targets = {t.number: t for t in scene.targets}
+        return Measurement(lambda n: self.heuristic.score(sums[n], widened(targets[n].weights())))
 
 
 def static_by_gradient(

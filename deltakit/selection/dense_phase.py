@@ -94,7 +94,8 @@ class DensePhase:
 
 
 def initial_weights(scene: Scene) -> Weights:
-    """A flat copy of every target."""
+    """A flat copy of every target; ConfigError where one is quantised."""
+    scene.refuse_codes("a dense phase")
     return {t.number: widened(t.parameter).clone() for t in scene.targets}
 
 

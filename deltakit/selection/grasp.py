@@ -59,8 +59,8 @@ class Grasp:
             else:
                 curved = self._differences(scene, model, calibration, sums, self.difference)
         check_finite(scene, curved)
-        weights = {t.number: t.parameter for t in scene.targets}
-        return Measurement(lambda n: widened(weights[n]) * curved[n])
+        targets = {t.number: t for t in scene.targets}
+        return Measurement(lambda n: widened(targets[n].weights()) * curved[n])
 
     def _product(
         self, scene: Scene, model: torch.nn.Module, calibration: Calibration, sums: Sums
@@ -81,6 +81,7 @@ class Grasp:
         sums: Sums,
         relative: float,
     ) -> Sums:
+        scene.refuse_codes("grasp with a difference")
         narrow = [t.name for t in scene.targets if t.parameter.dtype.itemsize < 4]
         if narrow:
             raise ConfigError(

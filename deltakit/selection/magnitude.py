@@ -19,8 +19,8 @@ class SmallestMagnitude:
 
     def measure(self, scene: Scene, budget: int) -> Measurement:
         """Scores from the live weights alone."""
-        weights = {t.number: t.parameter for t in scene.targets}
-        return Measurement(lambda number: -widened(weights[number]).abs())
+        targets = {t.number: t for t in scene.targets}
+        return Measurement(lambda number: -widened(targets[number].weights()).abs())
 
 
 @HEURISTICS.register("magnitude-largest", "large weights", "Super-Tuning, 2026")
@@ -30,8 +30,8 @@ class LargestMagnitude:
 
     def measure(self, scene: Scene, budget: int) -> Measurement:
         """Scores from the live weights alone."""
-        weights = {t.number: t.parameter for t in scene.targets}
-        return Measurement(lambda number: widened(weights[number]).abs())
+        targets = {t.number: t for t in scene.targets}
+        return Measurement(lambda number: widened(targets[number].weights()).abs())
 
 
 @METHODS.register("pafi", "the smallest weights of all", "PaFi, Liao et al. 2023")

@@ -98,7 +98,7 @@ class NMMask:
             words = philox_words(self.seed, target.name, groups.size, "n:m entries")
             return words.reshape(groups.shape)
         at = torch.from_numpy(groups.reshape(-1)).to(target.parameter.device)
-        size = target.parameter.detach().reshape(-1)[at].double().abs().cpu().numpy()
+        size = target.weights()[at].double().abs().cpu().numpy()
         return np.asarray(size if self.pick == "smallest" else -size).reshape(groups.shape)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from deltakit.dtypes import Array
 from deltakit.errors import BudgetError, ConfigError
+from deltakit.quantized.stand_in import StandIn
 
 
 class Candidate(Protocol):
@@ -30,7 +31,7 @@ class Candidate(Protocol):
 
     @property
     def parameter(self) -> torch.nn.Parameter:
-        """The live tensor."""
+        """The live tensor, or what stands for a quantised one: gradients reach it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,6 +43,9 @@ class Candidate(Protocol):
 
     def blocked(self) -> Array:
         """Flat indices that are taken or must not be chosen, int64, sorted."""
+
+    def weights(self) -> torch.Tensor:
+        """The live weights, flat, to be read only; of quantised tensors what the codes stand for."""
 
 
 class Calibration(Protocol):
@@ -103,6 +107,15 @@ class Scene:
             )
         return self.model, self.calibration
 
+    def refuse_codes(self, who: str) -> None:
+        """Raise ConfigError where `who`, which writes all weights, would meet quantised ones."""
+        for target in self.targets:
+            if isinstance(target.parameter, StandIn):
+                raise ConfigError(
+                    f"{who} writes all weights of its targets, and {target.live_name!r} is "
+                    "quantised; leave such tensors out of target, or load the base unquantised"
+                )
+
 
 @contextmanager
 def measuring(scene: Scene, model: torch.nn.Module, *, extras: bool = False) -> Iterator[None]:
@@ -111,7 +124,8 @@ def measuring(scene: Scene, model: torch.nn.Module, *, extras: bool = False) -> 
     Gradients, `requires_grad`, buffers, training mode, weights of targets and extras and the
     random generators are put back, so a measurement never shows in the run that follows it.
     """
-    parameters = list(model.parameters())
+    stand_ins = [t.parameter for t in scene.targets if isinstance(t.parameter, StandIn)]
+    parameters = [*model.parameters(), *stand_ins]
     wanted = {id(t.parameter) for t in scene.targets}
     wanted |= {id(p) for p in scene.extras} if extras else set()
     grads = [(p, p.requires_grad, p.grad) for p in parameters]

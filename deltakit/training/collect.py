@@ -12,6 +12,7 @@ from deltakit.dtypes import Array, dtype
 from deltakit.live.arrays import dtype_name, to_numpy
 from deltakit.live.coordinates import Coordinates
 from deltakit.live.translation import to_checkpoint
+from deltakit.quantized.stand_in import StandIn
 from deltakit.training.entries import Entries, Target
 
 
@@ -20,6 +21,8 @@ def collect(
 ) -> tuple[dict[str, TensorDelta], dict[str, Array]]:
     """The tensors of a delta by name in the checkpoint, and the base's values at their indices.
 
+    A quantised tensor counts as trained in the dtype of the full-precision checkpoint, and its
+    base values are left out, since no code tells them.
     ordered: whether orders are recorded. frozen: entries were zeroed rather than trained, so they
     are in `set` mode.
     """
@@ -30,19 +33,23 @@ def collect(
         if len(target.indices) or target.resting:
             on_disk = where.dtypes.get(target.name)
             indices, values, before, order = _sorted(target, entries, orders)
-            base[target.name] = to_numpy(before.to(target.parameter.dtype))
+            live = dtype_name(target.parameter)
+            if isinstance(target.parameter, StandIn):
+                live = on_disk or live
+            else:
+                base[target.name] = to_numpy(before.to(target.parameter.dtype))
             if frozen:
                 tensors[target.name] = _zeroed(target, on_disk, indices, base[target.name])
             else:
                 tensors[target.name] = TensorDelta(
                     name=target.name,
                     shape=target.shape,
-                    dtype=on_disk or dtype_name(target.parameter),
+                    dtype=on_disk or live,
                     mode="add",
                     indices=indices,
                     values=values.numpy(),
                     order=order,
-                    trained_dtype=dtype_name(target.parameter),
+                    trained_dtype=live,
                     seed=target.seed,
                 )
     return to_checkpoint(tensors, where), _base_in_checkpoint(entries.targets, tensors, base, where)
@@ -65,7 +72,7 @@ def _base_in_checkpoint(
             values=base[target.name],
         )
         for target in targets
-        if target.name in tensors and target.name in where.regions
+        if target.name in base and target.name in where.regions
     }
     moved = {n: t.values.view(t.kind.numpy) for n, t in to_checkpoint(bits, where).items()}
     return {name: values for name, values in base.items() if name not in bits} | moved

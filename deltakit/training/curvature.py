@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deltakit.errors import ConfigError, TrainingError
 from deltakit.formats.seeded import seeded_support
+from deltakit.quantized.layers import quantised_layers
 from deltakit.selection.allocation import proportional_counts
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class SupportHessian:
         unknown = [name for name in support if name not in live]
         if unknown:
             raise ConfigError(f"support: the model has no parameter {unknown[0]!r}")
+        codes = [name for name in support if name in quantised_layers(model)]
+        if codes:
+            raise ConfigError(f"support: {codes[0]!r} is quantised; load the base unquantised")
         self.size = sum(len(indices) for indices in support.values())
         if not self.size:
             raise ConfigError("support: expected at least one entry, found none")

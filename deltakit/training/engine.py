@@ -66,7 +66,7 @@ class Engine:
         self._offered = [False] * len(entries.targets)
         self._finished = False
         self._began = False
-        self._bounds = [_weight_bounds(t.flat) for t in entries.targets] if selector else []
+        self._bounds = [_weight_bounds(t) for t in entries.targets] if selector else []
         for target in entries.targets:
             target.parameter.requires_grad_()  # torch refuses hooks on frozen tensors
         self._hooks = [after_accumulation(t.parameter, self._hook(t)) for t in entries.targets]
@@ -215,13 +215,13 @@ class Engine:
                 flat.index_fill_(0, indices, 0)
         matrix = flat.view(gradient.shape[0] if gradient.ndim > 1 else 1, -1)
         bounds = self._bounds[target.number]
-        self.selector.offer(target.number, matrix, target.flat, bounds, target.live_name)
+        self.selector.offer(target.number, matrix, target.weights(), bounds, target.live_name)
 
     def _begin(self) -> None:
         if not self._began:
             assert self.selector is not None
             if self.selector.competes:  # entries in training move, and with them the bounds
-                self._bounds = [_weight_bounds(t.flat) for t in self.entries.targets]
+                self._bounds = [_weight_bounds(t) for t in self.entries.targets]
             self.selector.begin(self.step, self)
             self._began = True
 
@@ -269,10 +269,10 @@ class Engine:
         self._fixed = FixedSupport(self.model, self.entries) if self.model and settled else None
 
 
-def _weight_bounds(flat: torch.Tensor) -> tuple[float, float]:
+def _weight_bounds(target: Target) -> tuple[float, float]:
     """Least and largest |w|: entries that are not chosen keep their base bits, so they stay true."""
     least, largest = float("inf"), 0.0
-    for part in torch.split(flat, 2**24):
+    for part in torch.split(target.weights(), 2**24):
         size = part.abs()
         least, largest = min(least, size.min().item()), max(largest, size.max().item())
     return least, largest

@@ -41,6 +41,22 @@ class Target:
         """The live weights as a flat view that shares their memory."""
         return self.parameter.data.view(-1)
 
+    def read(self, indices: torch.Tensor) -> torch.Tensor:
+        """Live weights at flat indices, [n]."""
+        return self.flat[indices]
+
+    def write(self, indices: torch.Tensor, values: torch.Tensor) -> None:
+        """Round values [n] to the live dtype and write them."""
+        self.flat.index_copy_(0, indices, values.to(self.parameter))
+
+    def restore(self, indices: torch.Tensor, base: torch.Tensor) -> None:
+        """Give weights their base bits [n] back."""
+        self.write(indices, base)
+
+    def weights(self) -> torch.Tensor:
+        """The live weights, flat, to be read only."""
+        return self.flat
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the tensor."""
@@ -50,6 +66,9 @@ class Target:
     def numel(self) -> int:
         """Elements of the whole tensor."""
         return self.parameter.numel()
+
+    def close(self) -> None:
+        """Training is over; the live weights stay."""
 
     def blocked(self) -> Array:
         """Flat indices that are taken or forbidden, int64, sorted."""
@@ -135,7 +154,7 @@ class Entries:
         values: torch.Tensor | None,
     ) -> None:
         at = indices.to(target.parameter.device)
-        base = target.flat[at].to(self.base)
+        base = target.read(at).to(self.base)
         start = torch.zeros_like(base) if values is None else values.to(self.base)
         if target.resting is not None:
             target.resting.take(at, base, start)
@@ -150,7 +169,7 @@ class Entries:
         goes = torch.isin(target.indices, indices.to(target.indices))
         gone, slots = target.indices[goes], target.slots[goes]
         if restore:
-            target.flat.index_copy_(0, gone, self.base[slots].to(target.parameter))
+            target.restore(gone, self.base[slots])
         else:
             kept = (gone, self.base[slots], self.values.detach()[slots], self.order[slots])
             if target.resting is None:
@@ -196,8 +215,7 @@ class Entries:
         merged = self.base[: self.count] + (self.values[: self.count] + 0.0)
         for target in self.targets:
             if len(target.indices):
-                new = merged.index_select(0, target.slots).to(target.parameter)
-                target.flat.index_copy_(0, target.indices, new)
+                target.write(target.indices, merged.index_select(0, target.slots))
 
     @torch.no_grad()
     def write_resting(self) -> None:
@@ -205,16 +223,14 @@ class Entries:
         for target in self.targets:
             if target.resting:
                 rest = target.resting
-                new = (rest.base + (rest.values + 0.0)).to(target.parameter)
-                target.flat.index_copy_(0, rest.indices, new)
+                target.write(rest.indices, rest.base + (rest.values + 0.0))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Give every entry's live weight its base bits back."""
         for target in self.targets:
             if len(target.indices):
-                old = self.base.index_select(0, target.slots).to(target.parameter)
-                target.flat.index_copy_(0, target.indices, old)
+                target.restore(target.indices, self.base.index_select(0, target.slots))
             if target.resting:
                 rest = target.resting
-                target.flat.index_copy_(0, rest.indices, rest.base.to(target.parameter))
+                target.restore(rest.indices, rest.base)

@@ -17,6 +17,7 @@ from deltakit.formats.atomic import write_bytes
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import load
 from deltakit.live.apply import apply
+from deltakit.quantized.scheme import Quantization
 from deltakit.training.collate import Collator
 from deltakit.training.config import TrainConfig, describe
 from deltakit.training.data import Table, choose_split, read_splits
@@ -56,6 +57,9 @@ class EvaluateConfig:
     model: str = _as_in_training("model")
     revision: str | None = _as_in_training("revision")
     dtype: str = _as_in_training("dtype")
+    quantize: str | None = _as_in_training("quantize")
+    double_quantization: bool | None = _as_in_training("double_quantization")
+    compute_dtype: str | None = _as_in_training("compute_dtype")
     data: str = _as_in_training("data")
     data_name: str | None = _as_in_training("data_name")
     task: str = _as_in_training("task")
@@ -86,6 +90,12 @@ class EvaluateConfig:
                 raise ConfigError(f"setting {name} is missing; give --{name}")
             if value is not None:
                 object.__setattr__(self, name, parse_setting(name, described[name], value))
+        self.quantization  # noqa: B018 - checks the settings together
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base is quantised, if it is."""
+        return Quantization.of(self.quantize, self.double_quantization, self.compute_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +160,10 @@ class Evaluator:
     @cached_property
     def model(self) -> Any:
         """The base model, loaded when first asked for, on the GPU where there is one."""
-        model = load_model(self.located, self.model_config, self.problem, self.config.dtype)
+        config = self.config
+        model = load_model(
+            self.located, self.model_config, self.problem, config.dtype, config.quantization
+        )
         return model.to("cuda") if torch.cuda.is_available() else model
 
     def predict(self, *, digests: bool = False) -> Predictions:

@@ -14,6 +14,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from deltakit.gradient_hooks import after_accumulation
+from deltakit.quantized.addition import Addition
+from deltakit.quantized.target import QuantisedTarget
 from deltakit.training.entries import Entries, Target
 from deltakit.training.gradient_path import GradientPath, embedding_path, product_path
 from deltakit.training.tapped_layer import Carried, can_tap, tap, untap
@@ -48,6 +50,7 @@ class FixedSupport:
 
     def __init__(self, model: torch.nn.Module, entries: Entries, choose: Choice = cheapest) -> None:
         self._layers: list[torch.nn.Module] = []
+        self._additions: list[Addition] = []
         self._hooks: list[RemovableHandle] = []
         owners: dict[int, list[torch.nn.Module]] = {}
         for module in model.modules():
@@ -58,6 +61,9 @@ class FixedSupport:
         tapped: dict[int, Carried] = {}  # biases that a layer's tap carries already
         self.paths: dict[str, GradientPath] = {target.name: "dense" for target in trained}
         for target in trained:
+            if isinstance(target, QuantisedTarget):
+                self._tap_addition(entries, target, choose(target.layer, target))
+                continue
             layers = owners.get(id(target.parameter))
             path = choose(layers[-1], target) if layers else "dense"
             if not layers or path == "dense":
@@ -76,9 +82,17 @@ class FixedSupport:
         """Give every layer its own forward back."""
         for layer in self._layers:
             untap(layer)
+        for addition in self._additions:
+            addition.untap()
         for hook in self._hooks:
             hook.remove()
-        self._layers, self._hooks = [], []
+        self._layers, self._additions, self._hooks = [], [], []
+
+    def _tap_addition(self, entries: Entries, target: QuantisedTarget, path: GradientPath) -> None:
+        self.paths[target.name] = path
+        if path != "dense":
+            target.addition.tap(path, self._carried(entries, target))
+            self._additions.append(target.addition)
 
     def _carried(self, entries: Entries, target: Target) -> Carried:
         """A target's indices, sorted, and a carrier whose gradient reaches the entries'."""

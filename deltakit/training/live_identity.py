@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from deltakit.delta import BaseIdentity, SparseDelta
+from deltakit.delta import BaseIdentity, SparseDelta, TensorDelta
 from deltakit.dtypes import Array
 from deltakit.errors import BaseMismatchError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import fingerprint, sample_positions
 from deltakit.live.coordinates import Coordinates, live_tensors
 from deltakit.live.translation import stored_values
+from deltakit.quantized.stand_in import StandIn, whole_parameters
 from deltakit.training.entries import Target
 
 
@@ -22,7 +23,8 @@ class LiveIdentity:
     """Sampled base values of every target, and where the base came from.
 
     model_id and revision default to what `from_pretrained` recorded in the model's config; of a
-    local folder only the name is kept.
+    local folder only the name is kept. Of quantised targets the base is the full-precision
+    checkpoint; without one they have no identity.
     """
 
     def __init__(
@@ -37,18 +39,40 @@ class LiveIdentity:
         config: Any = getattr(model, "config", None)
         self.model_id = _model_id(model_id or getattr(model, "name_or_path", None))
         self.revision = revision or getattr(config, "_commit_hash", None)
-        live_weights = sum(p.numel() for p in model.parameters())
+        live_weights = sum(p.numel() for p in whole_parameters(model).values())
         self.total_weights = checkpoint.total_weights if checkpoint else live_weights
-        live = live_tensors(model)
-        shapes = dict(shape for target in targets for shape in _stored_shapes(target, where))
-        self._samples = {
-            name: stored_values(name, sample_positions(name, shape), where, live)
-            for name, shape in shapes.items()
-        }
+        self._model, self._where, self._checkpoint = model, where, checkpoint
+        codes = [t for t in targets if isinstance(t.parameter, StandIn)]
+        self._codes = dict(shape for target in codes for shape in _stored_shapes(target, where))
+        self._shapes = dict(shape for target in targets for shape in _stored_shapes(target, where))
+        self.take_samples()
 
-    def of(self, base_values: Mapping[str, Array]) -> BaseIdentity:
-        """The identity of tensors whose base values at their own indices are given."""
-        prints = {n: fingerprint(self._samples[n], v) for n, v in base_values.items()}
+    def take_samples(self) -> None:
+        """Sample the live weights, as they are now, for what the deltas start from."""
+        live = live_tensors(self._model)
+        self._samples = {
+            name: stored_values(name, sample_positions(name, shape), self._where, live)
+            for name, shape in self._shapes.items()
+            if name not in self._codes
+        }
+        if self._checkpoint is not None:
+            for name, shape in self._codes.items():
+                self._samples[name] = _on_disk(
+                    self._checkpoint, name, sample_positions(name, shape)
+                )
+
+    def of(
+        self, base_values: Mapping[str, Array], tensors: Mapping[str, TensorDelta]
+    ) -> BaseIdentity:
+        """The identity of a delta's tensors.
+
+        base_values: the base's values at their own indices, of all but quantised ones.
+        """
+        values = dict(base_values)
+        if self._checkpoint is not None:
+            for name in self._codes.keys() & tensors.keys():
+                values[name] = _on_disk(self._checkpoint, name, tensors[name].indices)
+        prints = {n: fingerprint(self._samples[n], values[n]) for n in tensors if n in values}
         return BaseIdentity(
             model_id=self.model_id,
             revision=self.revision,
@@ -67,6 +91,10 @@ class LiveIdentity:
                         f"tensor {name!r}: the delta belongs to another base (digest of sampled "
                         f"values {known.sample}, this model has {found})"
                     )
+
+
+def _on_disk(checkpoint: Checkpoint, name: str, positions: Array) -> Array:
+    return checkpoint.gather(name, positions).view(checkpoint.info(name).kind.numpy)
 
 
 def _model_id(name: str | None) -> str | None:

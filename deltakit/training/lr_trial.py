@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from deltakit.errors import TrainingError
+from deltakit.quantized.stand_in import whole_parameters
 from deltakit.training.tuner import SparseTuner
 
 MakeTuner = Callable[[float, int], SparseTuner]
@@ -68,7 +69,7 @@ def density_of(make_tuner: MakeTuner, steps: int) -> float:
     """Entries of the budget over weights of the model."""
     tuner = make_tuner(1.0, steps)
     with _undone(tuner):
-        return tuner.budget / sum(parameter.numel() for parameter in tuner.model.parameters())
+        return tuner.budget / sum(p.numel() for p in whole_parameters(tuner.model).values())
 
 
 def _train(tuner: SparseTuner, steps: Sequence[Sequence[Any]], loss: Loss) -> list[float]:

@@ -60,7 +60,9 @@ def train_peer(
     base = Checkpoint(with_weights(prepared.located).folder)
     config.budgets(base.total_weights)  # refused before the model is loaded
     transformers.set_seed(config.seed)
-    model = load_model(prepared.located, prepared.config, prepared.problem, config.dtype)
+    model = load_model(
+        prepared.located, prepared.config, prepared.problem, config.dtype, config.quantization
+    )
     memory, training = PeakMemory(), time.monotonic()
     trainer, result = _trainer(name, model, config, prepared, base, folder)
     trainer.train()

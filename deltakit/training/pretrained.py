@@ -11,8 +11,11 @@ from typing import Any
 import transformers
 
 from deltakit.errors import ConfigError, HubError, MissingFileError
+from deltakit.formats.checkpoint import Checkpoint
 from deltakit.hub.locate import base_at, description_at
 from deltakit.hub.location import Location, is_location
+from deltakit.live.coordinates import checkpoint_names
+from deltakit.quantized.scheme import Quantization
 from deltakit.training.images import ImageScaling
 from deltakit.training.readers import first_line
 from deltakit.training.task import Head, Problem
@@ -148,17 +151,29 @@ def apply_changes(config: Any, changes: Mapping[str, Any]) -> None:
             setattr(config, name, value)
 
 
-def load_model(located: Located, config: Any, problem: Problem, dtype: str) -> Any:
-    """The model with the problem's head, in evaluation mode.
+def load_model(
+    located: Located,
+    config: Any,
+    problem: Problem,
+    dtype: str,
+    quantization: Quantization | None = None,
+) -> Any:
+    """The model with the problem's head, in evaluation mode; its linear layers quantised if asked.
 
     config: as from `load_config`, with the problem's changes. A head that the checkpoint lacks is
     drawn from torch's global generator. dtype: torch's name, or "auto" for the checkpoint's.
     """
     auto = getattr(transformers, problem.model_class)
     try:
-        return auto.from_pretrained(located.folder, config=config, dtype=dtype)
+        model = auto.from_pretrained(located.folder, config=config, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"model {located.folder}: {first_line(error)}") from None
+    if quantization is None:
+        return model
+    from deltakit.quantized.replacing import quantize_model
+
+    names = checkpoint_names(model, Checkpoint(located.folder))
+    return quantize_model(model, quantization, new=[n for n, at in names.items() if at is None])
 
 
 def longest_input(processor: Any, config: Any, asked: int) -> int:

@@ -50,7 +50,7 @@ def tap(
     chosen |= {"carrier": carrier, "bias_carrier": bias_carrier}
     if type(layer) is torch.nn.Embedding:
         padding = -1 if layer.padding_idx is None else layer.padding_idx
-        starts, columns = _compressed(indices, weight)
+        starts, columns = compressed(indices, weight)
         widest = int(starts.diff().max())
         chosen |= {"native": _embedding, "tap": EmbeddingTap}
         pattern: tuple[Any, ...] = (starts, columns, widest, padding)
@@ -60,9 +60,9 @@ def tap(
             chosen["native"] = _conv1d
         if path == "submatrix":
             chosen["tap"] = SubmatrixTap
-            pattern = (at, *_occupied(indices, weight), transposed)
+            pattern = (at, *occupied(indices, weight), transposed)
         else:
-            pattern = (at, *_compressed(indices, weight), transposed)
+            pattern = (at, *compressed(indices, weight), transposed)
     layer._tap = _LayerTap(pattern=pattern, **chosen)  # type: ignore[assignment]
     layer.forward = MethodType(forward, layer)
 
@@ -138,7 +138,7 @@ def _is_conv1d(module: torch.nn.Module) -> bool:
     return transformers is not None and type(module) is transformers.Conv1D
 
 
-def _compressed(indices: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def compressed(indices: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Starts [rows + 1] and columns [nnz] of the compressed sparse row form, int32."""
     height, width = weight.shape
     counts = torch.bincount(indices // width, minlength=height)
@@ -146,7 +146,7 @@ def _compressed(indices: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tens
     return starts.int(), (indices % width).int()
 
 
-def _occupied(indices: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def occupied(indices: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Rows and columns with entries, and the entries' flat places in their submatrix, int64."""
     width = weight.shape[1]
     rows, row = torch.unique(indices // width, return_inverse=True)

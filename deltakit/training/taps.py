@@ -63,6 +63,19 @@ class SubmatrixTap(Tap):
         return gradient, None, entries, _bias(ctx, gradient, bias), None, None, None, None, None
 
 
+class DenseTap(Tap):
+    """No pattern: the carrier stands for the whole weight, [out, in]."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The output's gradient, and the weight's."""
+        (inputs,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[2]:
+            return gradient, None, None, None
+        right = inputs.reshape(-1, inputs.shape[-1]).to(gradient.dtype)
+        return gradient, None, gradient.reshape(-1, gradient.shape[-1]).t() @ right, None
+
+
 class EmbeddingTap(Tap):
     """Pattern: starts, columns, widest, padding; see `sampled_embedding`."""
 

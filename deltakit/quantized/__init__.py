@@ -1,0 +1,1 @@
+"""Training and using deltas on bases whose linear layers bitsandbytes holds quantised."""
