@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from deltakit.adapter import Adapter
-from deltakit.adapters.building import Injection, Patterns, builder_of
+from deltakit.adapters.building import FROZEN, Injection, Patterns, builder_of
 from deltakit.adapters.computed import from_base
 from deltakit.adapters.initial import (
     STORED,
@@ -22,10 +22,10 @@ from deltakit.adapters.initial import (
     with_entries,
 )
 from deltakit.adapters.places import Places
-from deltakit.adapters.standing import enter
+from deltakit.adapters.standing import check_plain, enter
 from deltakit.delta import BaseIdentity, SparseDelta, in_tensor_order
 from deltakit.dtypes import Array, dtype
-from deltakit.errors import CoordinateError, DeltaError
+from deltakit.errors import BaseMismatchError, CoordinateError, DeltaError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import identify
 from deltakit.live.arrays import dtype_name, to_numpy, to_torch
@@ -86,12 +86,14 @@ def attach(
     rearranged or the model shares.
     """
     builder = builder_of(kind)
+    check_plain(model)
     places = Places(model, checkpoint)
     chosen = builder.choose(model, kind, places.names, target, exclude)
     config = builder.configure(model, kind, options, chosen)
     modules = {module: places.base_tensor(module) for module in chosen}
     injection = _inject(model, kind, config, chosen)
     with _undone_on_failure(injection):
+        config = _frozen(kind, config, seed, injection, modules)
         named = _by_tensor_name(injection, modules)
         rules = builder.initial_rules(kind, config, injection)
         adapter = Adapter(kind=kind, config=config, seed=seed, initial=rules, check="0" * 16)
@@ -120,6 +122,14 @@ def reattach(
     initial = all_initial_values(delta, from_base(adapter, places.read))
     injection = _inject(model, adapter.kind, adapter.config, list(modules))
     with _undone_on_failure(injection):
+        if (
+            _frozen(adapter.kind, adapter.config, adapter.seed, injection, modules)
+            != adapter.config
+        ):
+            raise BaseMismatchError(
+                f"adapter {adapter.kind!r}: its seed and configuration draw other random values than "
+                "it was trained with (their check value differs); the file is damaged"
+            )
         named = _by_tensor_name(injection, modules)
         _check_tensors(named, delta)
         _load(model, named, with_entries(delta, initial))
@@ -140,7 +150,22 @@ def _inject(
         injection.remove()
         leave()
 
-    return Injection(injection.parameters, remove)
+    return replace(injection, remove=remove)
+
+
+def _frozen(
+    kind: str,
+    config: Mapping[str, Any],
+    seed: int,
+    injection: Injection,
+    modules: Mapping[str, str],
+) -> dict[str, Any]:
+    """The configuration, with a digest of the random values that the adapter holds untrained."""
+    plain = {member: value for member, value in config.items() if member != FROZEN}
+    if injection.freeze is None:
+        return plain
+    drawn = injection.freeze(seed, {live: _owner(tensor) for live, tensor in modules.items()})
+    return {**plain, FROZEN: check_value(kind, plain, drawn)}
 
 
 def _by_tensor_name(
@@ -149,7 +174,7 @@ def _by_tensor_name(
     """The adapter's tensors by the names that a delta gives them, in tensor order."""
     return in_tensor_order(
         {
-            f"{modules[live].rpartition('.')[0]}.{parameter}": tensor
+            f"{_owner(modules[live])}.{parameter}": tensor
             for live, parameters in injection.parameters.items()
             for parameter, tensor in parameters.items()
         }
@@ -213,7 +238,7 @@ def _attached(
     where = coordinates(model, places.checkpoint, buffers=True)
     ours = {id(parameter): name for name, parameter in named.items()}
     mine = {n: ours[id(p)] for n, p in model.named_parameters() if id(p) in ours}
-    stands_at = {tensor.rpartition(".")[0]: tensor for tensor in modules.values()}
+    stands_at = {_owner(tensor): tensor for tensor in modules.values()}
     stored = {
         STORED + name: values
         for name, values in initial.items()
@@ -221,6 +246,10 @@ def _attached(
     }
     where = replace(where, names={**where.names, **mine})
     return Attached(model, adapter, named, where, stands_at, initial, stored, injection)
+
+
+def _owner(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
 
 
 @contextmanager

@@ -9,9 +9,11 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from deltakit.adapters.kinds import KINDS
+from deltakit.adapters.kinds import kind_of
+from deltakit.dtypes import Array
 
 Patterns = str | Iterable[str]
+FROZEN = "frozen"  # member of a configuration: a digest of what `Injection.freeze` gives
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,11 +23,14 @@ class Injection:
     parameters: live name of an adapted module, as it was before -> parameter of the adapter, as
     initial rules name it -> the tensor that is trained. A module that an adapter stands at holds the
     one that it stands for as its child `base_layer` (as in peft), by which its tensors are found
-    again. remove: gives the model back the very modules that it had.
+    again. remove: gives the model back the very modules that it had. freeze: of an adapter that holds
+    random values which it does not train, makes them of a seed: (seed, live name of a module -> the
+    base's name) -> all of them by name.
     """
 
     parameters: dict[str, dict[str, torch.nn.Parameter]]
     remove: Callable[[], None]
+    freeze: Callable[[int, Mapping[str, str]], dict[str, Array]] | None = None
 
 
 class Builder(Protocol):
@@ -62,4 +67,4 @@ class Builder(Protocol):
 
 def builder_of(kind: str) -> Builder:
     """Raises ConfigError for a kind that is not known."""
-    return cast(Builder, import_module(KINDS[kind].builder))
+    return cast(Builder, import_module(kind_of(kind).builder))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from deltakit.adapters.kinds import KINDS
+from deltakit.adapters.peft_places import usual_modules
 from deltakit.errors import ConfigError, nearest
 from deltakit.targets.roles import is_a
 
@@ -33,6 +34,11 @@ def configure(
         config[name] = value
     if "fan_in_fan_out" in record.fields:
         config["fan_in_fan_out"] = _is_transposed(model, modules)
+    if kind == "ia3" and config["feedforward_modules"] is None:
+        ends = usual_modules(model, kind, "FEEDFORWARD")
+        config["feedforward_modules"] = [e for e in ends if any(m.endswith(e) for m in modules)]
+    if kind == "hra" and config["r"] % 2:
+        raise ConfigError(f"adapter 'hra' needs an even rank, as pairs cancel; found {config['r']}")
     return config
 
 

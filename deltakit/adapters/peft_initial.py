@@ -15,11 +15,17 @@ import torch
 
 from deltakit.adapter import FAN_IN
 from deltakit.adapters.building import Injection
+from deltakit.adapters.computed import PAIRS, ROW_NORM
 
 # kaiming_uniform_(a=sqrt(5)) is uniform within 1 / sqrt(fan in): He et al., 2015, equation 10.
+_FAN_IN = ("lora_A.weight", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hira_A", "delora_A", "lokr_w2")
 _KNOWN: dict[str, dict[str, Any]] = {
-    "lora_A.weight": {"uniform": FAN_IN},
-    "lora_B.weight": {"constant": 0.0},
+    **{name: {"uniform": FAN_IN} for name in _FAN_IN},
+    "lora_A": {"uniform": 0.0346},  # AdaLoRA: a standard deviation of 0.02
+    "lora_B": {"uniform": 0.0346},
+    "fourierft_spectrum": {"uniform": 1.73},  # a standard deviation of 1
+    "lora_magnitude_vector.weight": {"computed": ROW_NORM},
+    "hra_u": {"computed": PAIRS},
 }
 
 

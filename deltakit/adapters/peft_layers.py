@@ -6,15 +6,17 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-from deltakit.adapters.building import Injection, Patterns
+from deltakit.adapters.building import FROZEN, Injection, Patterns
 from deltakit.adapters.kinds import KINDS
 from deltakit.adapters.peft_config import configure
+from deltakit.adapters.peft_frozen import FREEZE
 from deltakit.adapters.peft_initial import initial_rules
-from deltakit.adapters.peft_places import choose_modules
+from deltakit.adapters.peft_places import choose_modules, usual_places
 from deltakit.errors import ConfigError
 from deltakit.targets.roles import is_a
 
@@ -31,7 +33,9 @@ def choose(
     exclude: Patterns,
 ) -> list[str]:
     """See `building.Builder`."""
-    return choose_modules(model, names, KINDS[kind].target if target is None else target, exclude)
+    record = KINDS[kind]
+    wanted = target or record.target or usual_places(model, kind)
+    return choose_modules(model, record.layers, names, wanted, exclude)
 
 
 def inject(
@@ -59,7 +63,12 @@ def inject(
         for path, names in active.items():
             model.get_submodule(path).set_adapter([*names, *([name] if path in training else [])])
     layers = {module: model.get_submodule(module).train(mode) for module, mode in training.items()}
-    return Injection({module: _parameters(layer, name) for module, layer in layers.items()}, remove)
+    freeze = FREEZE.get(KINDS[kind].peft)
+    return Injection(
+        parameters={module: _parameters(layer, name) for module, layer in layers.items()},
+        remove=remove,
+        freeze=freeze and partial(freeze, layers, name),
+    )
 
 
 def _inject(
@@ -68,12 +77,14 @@ def _inject(
     import peft
 
     tuner = KINDS[kind].peft
-    given = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[tuner](
-        **config, target_modules="|".join(re.escape(module) for module in modules)
-    )
     with _quiet(), torch.random.fork_rng():  # a run's own draws do not depend on its adapter
         torch.manual_seed(0)
+        given = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[tuner](
+            **{member: value for member, value in config.items() if member != FROZEN},
+            target_modules="|".join(re.escape(module) for module in modules),
+        )
         peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[tuner](model, given, name)
+    peft.tuners.tuners_utils.cast_adapter_dtype(model, name)  # float32 where the base has 16 bits
 
 
 def _free_name(model: torch.nn.Module) -> str:

@@ -52,6 +52,15 @@ def enter(model: torch.nn.Module, kind: str, modules: Sequence[str]) -> Callable
     return leave
 
 
+def check_plain(model: torch.nn.Module) -> None:
+    """Raise ConfigError where an adapter stands in the model already."""
+    if model in _MODELS:
+        kinds = ", ".join(repr(each.kind) for each in _MODELS[model].adapters)
+        raise ConfigError(
+            f"adapter {kinds} stands in the model; take it off before you train another"
+        )
+
+
 def _check_beside(kind: str, modules: Sequence[str], other: _Standing) -> None:
     """Changes of one weight add up where both are sums of it and of what the adapter makes."""
     shared = set(modules) & set(other.modules)
