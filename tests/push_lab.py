@@ -30,9 +30,10 @@ def log_in(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
 
 
 def write_run(folder: Path, delta_file: Path) -> Path:
-    """The folder of a finished run: 110 entries in the end, and a mark at 40 of them."""
+    """The folder of a finished run: 110 entries in the end, the best too, and a mark at 40."""
     folder.mkdir(parents=True)
     shutil.copy(delta_file, folder / "delta.sdelta")
+    shutil.copy(delta_file, folder / "best.sdelta")
     dk.save(dk.truncate(dk.load(delta_file), 40), folder / "budget-40.sdelta")
 
     def result(name: str, entries: int, accuracy: float) -> dict[str, object]:

@@ -33,14 +33,15 @@ def finished(tmp_path: Path, delta_file: Path) -> Path:
 def test_a_run_is_one_commit(writer: HubServer, finished: Path) -> None:
     code, out, err = run(finished, "org/news")
     assert (code, err) == (0, "")
-    names = ["README.md", "budget-40.sdelta", "config.yaml", "delta.sdelta", "metrics.json"]
+    deltas = ["best.sdelta", "budget-40.sdelta", "delta.sdelta"]
+    names = ["README.md", *deltas, "config.yaml", "metrics.json"]
     there = files(writer)
-    assert sorted(there) == names
+    assert sorted(there) == sorted(names)
     assert commits(writer) == 1
-    for name in ("delta.sdelta", "budget-40.sdelta"):
+    for name in deltas:
         assert there[name] == (finished / name).read_bytes()
     head = repository(writer, "org/news").refs["main"]
-    assert f"org/news@{head[:12]}: 5 files" in out
+    assert f"org/news@{head[:12]}: 6 files" in out
     assert f"published to {writer.url}/org/news" in out
     assert dk.load("hf://org/news").nnz == 110
 

@@ -253,6 +253,18 @@ def test_two_pushes_at_once(writer: HubServer, delta_file: Path, tmp_path: Path)
         assert path.name in there["README.md"].decode()
 
 
+def test_the_other_way_of_uploading_breaks(
+    writer: HubServer, delta_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Xet, which users have by default and this Hub lacks."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    message = told(HubUnavailableError, delta_file)
+    assert (
+        "the upload broke off; run the same command again, or with HF_HUB_DISABLE_XET=1" in message
+    )
+    assert untouched(writer)
+
+
 def test_files_that_the_repository_ignores(writer: HubServer, delta_file: Path) -> None:
     """The client leaves them out without a word."""
     writer.add("org/news", {".gitignore": b"delta.sdelta"})

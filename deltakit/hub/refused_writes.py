@@ -52,26 +52,27 @@ def _refusal(error: Exception, location: Location) -> Exception | None:
     from huggingface_hub import errors
 
     cause, status = error.__cause__, status_of(error)
-    if isinstance(error, RuntimeError) and status is None:  # the client's word for a failed upload
-        if isinstance(cause, Exception):
-            return _refusal(cause, location)
-        return HubUnavailableError(
-            f"{location}: the upload broke off; run the same command again, or with "
-            "HF_HUB_DISABLE_XET=1 to take another way"
-        )
+    if isinstance(error, RuntimeError) and isinstance(cause, Exception):
+        return _refusal(cause, location)  # the client's wrapper around what broke an upload
     if type(error) is ValueError and status_of(cause) == 400:
         return HubError(
             f"{location}: the Hub refuses the metadata of README.md; mend what stands between its "
             "first two lines of ---"
         )
-    if isinstance(error, ValueError) and not isinstance(error, UnicodeError) and status is None:
-        return HubError(
+    if status is None and isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+        return HubUnavailableError(
             f"{location}: {endpoint()} does not answer as a Hub does, or does not take these files; "
-            "check HF_ENDPOINT and your proxy"
+            "check HF_ENDPOINT and your proxy, and try again"
         )
-    if isinstance(error, errors.GatedRepoError) or status is None:
-        local = isinstance(error, OSError) and error.errno is not None
-        return None if local else explanation(error, location)
+    if status is None and isinstance(error, (RuntimeError, OSError)):  # of the upload by hf_xet
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            return explanation(error, location)
+        if isinstance(error, OSError) and error.errno is not None:
+            return None  # of this machine's files, which the system tells better
+        return HubUnavailableError(
+            f"{location}: the upload broke off; run the same command again, or with "
+            "HF_HUB_DISABLE_XET=1 to take another way"
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
         return HubNotFoundError(
             f"{location}: the Hub shows you no repository {location.repo}; check its name, and that "
@@ -80,7 +81,7 @@ def _refusal(error: Exception, location: Location) -> Exception | None:
     return _by_status(status, location) or explanation(error, location)
 
 
-def _by_status(status: int, location: Location) -> HubError | None:
+def _by_status(status: int | None, location: Location) -> HubError | None:
     if status == 401:
         return HubAccessError(
             f"{location}: the Hub does not accept your token (401); log in again (hf auth login, or "

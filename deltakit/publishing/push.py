@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deltakit.errors import (
     ConfigError,
@@ -25,48 +25,13 @@ from deltakit.hub.listing import Listing
 from deltakit.hub.locate import Given
 from deltakit.hub.location import Location, is_location
 from deltakit.publishing.contents import Contents, gather
+from deltakit.publishing.push_report import PushReport, compared
 from deltakit.publishing.with_card import CARD, with_card
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PushedFile:
-    """One file: its name in the repository, its size in bytes, and "new", "changed" or "unchanged"
-    against what was there before."""
-
-    name: str
-    bytes: int
-    status: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PushReport:
-    """What was published, or with `dry_run` would be.
-
-    repo: owner/name, as it is called today. revision: the branch. commit: where the branch stands
-    now; None where it does not exist yet. url: of the repository. created: whether the repository
-    was made for this. changed: whether there is a new commit. tag: what the commit was named.
-    """
-
-    repo: str
-    revision: str
-    commit: str | None
-    url: str
-    created: bool
-    changed: bool
-    private: bool
-    files: tuple[PushedFile, ...]
-    tag: str | None
-    dry_run: bool
-    notes: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        return {**asdict(self), "files": [asdict(file) for file in self.files]}
 
 
 def push(
@@ -109,7 +74,7 @@ def push(
         head = make_branch(head, private=private)
         _refuse_to_expose(head, private)
     files, notes = with_card(contents, head)
-    pushed = _compared(files, head)
+    pushed = compared(files, head)
     changed = any(file.status != "unchanged" for file in pushed)
     commit = None if head.listing is None else head.listing.commit
     if tag is not None and commit is not None:
@@ -192,17 +157,6 @@ def _confirm(listing: Listing, additions: list[CommitOperationAdd], commit: str)
             f"{', '.join(lacking)} as sent; the repository's .gitignore may name it, or the file "
             "changed meanwhile: mend that and run the same command again"
         )
-
-
-def _compared(files: Mapping[str, Content], head: Head) -> tuple[PushedFile, ...]:
-    before = {} if head.listing is None else head.listing.files
-    made = []
-    for name, content in files.items():
-        size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        same = is_recorded(content, before.get(name))
-        status = "new" if name not in before else "unchanged" if same else "changed"
-        made.append(PushedFile(name=name, bytes=size, status=status))
-    return tuple(made)
 
 
 def _listing(head: Head) -> Listing:

@@ -13,7 +13,6 @@ from deltakit.hub.choice import DELTA, WEIGHTS
 from deltakit.hub.digests import is_recorded
 from deltakit.hub.fetch import fetch
 from deltakit.hub.listing import Listing
-from deltakit.publishing.card import card_text
 from deltakit.publishing.contents import (
     METRICS,
     SETTINGS,
@@ -35,6 +34,8 @@ def with_card(contents: Contents, head: Head) -> tuple[dict[str, Content], tuple
     model gets none. What the card tells of deltas that stay in the repository is read from the
     Hub. Raises ConfigError where deltas and weights would stand together, and HubError.
     """
+    from deltakit.publishing.card import card_text  # loads huggingface_hub
+
     _refuse_mixture(contents, head)
     if not contents.deltas:
         return dict(contents.files), contents.notes
