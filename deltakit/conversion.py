@@ -15,7 +15,7 @@ from deltakit.formats.atomic import refuse_existing
 from deltakit.formats.bridges import BRIDGES, Bridge, Options, Reading, recognise
 from deltakit.formats.bridges.bridge import Energy, needed
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.hub.locate import local_delta
+from deltakit.hub.locate import local_source
 from deltakit.identity import check_base, identify
 from deltakit.rebasing import rebase
 
@@ -93,7 +93,7 @@ def convert(
     must be said that was not, CoordinateError and BaseMismatchError for another base,
     OutputExistsError for an output that is there.
     """
-    where, target = local_delta(source), Path(out)
+    where, target = local_source(source), Path(out)
     options = Options(budget=budget, density=density, mode=mode, prefix=prefix, lossy=lossy)
     reader, found = _reader(where, from_format)
     writer = BRIDGES[_target_format(reader.name, to_format)]()

@@ -47,6 +47,24 @@ def local_delta(given: Given) -> Path:
     return fetch(listing, [name]) / name
 
 
+def local_source(given: Given) -> Path:
+    """The local file or folder of a delta or adapter of whatever format.
+
+    Of a location: see `deltakit.hub.choice.foreign_files`. Raises as `local_delta` does.
+    """
+    if not is_location(given):
+        return Path(given)
+    from deltakit.hub.choice import DELTA, foreign_files
+    from deltakit.hub.fetch import fetch
+    from deltakit.hub.listing import listed
+
+    location = Location.parse(given)
+    listing = listed(location)
+    names = foreign_files(listing, lambda name: (fetch(listing, [name]) / name).read_bytes())
+    folder = fetch(listing, names)
+    return folder / (names[0] if names[0].endswith(DELTA) else location.path)
+
+
 def local_base(given: Given) -> LocalBase:
     """The local file or folder of a base: its safetensors, configuration and tokenizer alone.
 
