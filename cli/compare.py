@@ -43,7 +43,8 @@ def command(
 
     For every pair: entries that both change, how many would be shared by chance, sign conflicts
     (shared entries moved in opposite directions), the cosine of the changes, and whether the deltas
-    belong to one base. Warns where at least a tenth of the smaller delta's entries conflict.
+    belong to one base. Entries of adapters meet where both deltas are of the very same adapter; of
+    others the cosine of the changes is told that they make to the base's weights. Warns where at least a tenth of the smaller delta's entries conflict.
 
     \b
     Examples:

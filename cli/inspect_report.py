@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deltakit.adapters.summary import adapter_summary
 from deltakit.budget import format_bytes, format_count
 from deltakit.changes import Changes
 from deltakit.cli.options import count, table
 from deltakit.delta import BaseIdentity
-from deltakit.formats.header import VERSION, TensorRecord
+from deltakit.formats.header import TensorRecord
 from deltakit.groups import Group
 from deltakit.inspection import Inspection, ratio
 
@@ -20,6 +21,8 @@ _CHANGE_HEADS = ["min |change|", "mean", "max"]
 def report(found: Inspection, tensors: bool) -> list[str]:
     """The sections, each a block of lines."""
     sections = [_summary(found), _sizes(found)]
+    if (adapter := adapter_summary(found.header)) is not None:
+        sections.insert(1, _adapter(adapter))
     if found.tensors and tensors:
         sections.append(_tensors(found))
     elif found.tensors:
@@ -38,11 +41,15 @@ def _summary(found: Inspection) -> str:
     tensors, extras = found.tensors, found.header.extras
     modes = ", ".join(sorted({t.mode for t in tensors})) or "none"
     dtypes = ", ".join(sorted({_dtypes(t) for t in tensors})) or "none"
-    density = f"{percent(found.density_of_touched)} of the touched tensors"
+    whole = "touched tensors" if found.header.adapter is None else "adapter"
+    density = f"{percent(found.density_of_touched)} of the {whole}"
     if found.density_of_base is not None:
         density = f"{percent(found.density_of_base)} of the base, {density}"
     rows = [
-        ["file", f"{found.path} ({format_bytes(found.file_bytes)}, .sdelta version {VERSION})"],
+        [
+            "file",
+            f"{found.path} ({format_bytes(found.file_bytes)}, .sdelta version {found.header.version})",
+        ],
         ["base", _base(found.header.base)],
         ["entries", f"{found.entries:,} in {count('tensor', tensors)}"],
         ["density", density],
@@ -52,6 +59,31 @@ def _summary(found: Inspection) -> str:
     if extras:
         rows.append(["extras", f"{found.extra_weights:,} weights in {count('tensor', extras)}"])
     return table(rows)
+
+
+def _adapter(adapter: Mapping[str, Any]) -> str:
+    """What rebuilds the adapter, and what of it is kept."""
+    modules = adapter["modules"]
+    config = [
+        f"{key} {_fact(v)}" for key, v in adapter["config"].items() if v not in (None, {}, [])
+    ]
+    rules = [f"{name} {_rule(rule)}" for name, rule in adapter["initial"].items()]
+    kept = f"{percent(adapter['kept'])} of its {format_count(adapter['weights'])} weights"
+    such = f" (such as {modules[0]})" if modules else ""
+    rows = [
+        ["adapter", f"{adapter['kind']} at {count('module', modules)}{such}"],
+        ["  configuration", ", ".join(config)],
+        ["  kept", kept],
+        ["  initial values", f"seed {adapter['seed']}: {', '.join(rules)}"],
+        ["  check value", adapter["check"]],
+        ["  stands at", f"{count('tensor', adapter['stands_at'])} of the base fingerprinted"],
+    ]
+    return table(rows)
+
+
+def _rule(rule: Mapping[str, Any]) -> str:
+    ((how, value),) = rule.items()
+    return "stored" if how == "stored" else f"{how} {value}"
 
 
 def _base(base: BaseIdentity | None) -> str:

@@ -54,7 +54,8 @@ def command(
     """Keep the best entries of a delta, exactly.
 
     Writes a delta of exactly N entries (or all of them, where DELTA has fewer). Ties break by
-    tensor order, then by lower index, so the same command gives the same bytes everywhere.
+    tensor order, then by lower index, so the same command gives the same bytes everywhere. 0.1% is
+    a share of all weights of the base, or of the adapter's own for the delta of an adapter.
 
     \b
     Examples:

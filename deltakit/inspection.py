@@ -10,9 +10,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltakit.adapters.summary import adapter_summary
 from deltakit.changes import Changes
 from deltakit.entropy import support_bits
-from deltakit.formats.header import VERSION, SdeltaHeader, TensorRecord
+from deltakit.formats.header import SdeltaHeader, TensorRecord
 from deltakit.formats.safetensors_header import header_size
 from deltakit.formats.sdelta import SdeltaFile, parse_header
 from deltakit.groups import Group, by_block, by_kind
@@ -140,7 +141,7 @@ class Inspection:
         header = self.header
         return {
             "path": str(self.path),
-            "format_version": VERSION,
+            "format_version": header.version,
             "entries": self.entries,
             "extra_weights": self.extra_weights,
             "density_of_base": self.density_of_base,
@@ -158,6 +159,7 @@ class Inspection:
             "kinds": [self._group(group) for group in self.kinds],
             "tensors": [self._tensor(tensor) for tensor in self.tensors],
             "extras": [asdict(extra) for extra in header.extras.values()],
+            "adapter": adapter_summary(header),
             "base": None if header.base is None else asdict(header.base),
             "config": dict(header.config),
             "provenance": dict(header.provenance),

@@ -32,14 +32,15 @@ def truncate(
 ) -> SparseDelta:
     """The `budget` best entries of a delta; exactly min(budget, delta.nnz) of them.
 
-    budget: a count (100_000, "100k") or a share of all weights of the base ("0.1%").
+    budget: a count (100_000, "100k") or a share of all weights of the base ("0.1%"); for the delta
+    of an adapter a share of the adapter's own weights.
     by: "magnitude" keeps the largest |change| (|v| for add, |v - base| for set; a change to or from
     a non-finite value is the largest there is); "order" keeps the entries unmasked first. Ties
     break by tensor order, then by lower flat index.
     base: the checkpoint, needed by magnitude for set tensors that carry no base values, and for a
     share where the delta does not record the size of its base.
 
-    Extras and config stay. Tensors without entries go, and so do the support digests of tensors
+    Extras and config stay. Tensors without entries go (not those of an adapter), and so do the support digests of tensors
     that lost entries. Provenance gains a line under "lineage". A budget that the delta already
     meets returns it unchanged.
 
@@ -125,6 +126,8 @@ def _checked(delta: SparseDelta, base: str | Path | Checkpoint | None) -> Checkp
 
 
 def _total_weights(delta: SparseDelta, checkpoint: Checkpoint | None) -> int | None:
+    if delta.adapter is not None:
+        return sum(tensor.numel for tensor in delta.tensors.values())
     if delta.base is not None and delta.base.total_weights is not None:
         return delta.base.total_weights
     return None if checkpoint is None else checkpoint.total_weights

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from deltakit.adapters.fold_delta import computed_from
+from deltakit.adapters.initial import all_initial_values
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.errors import DeltakitError, MissingFileError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.formats.sdelta import SdeltaFile
+from deltakit.formats.sdelta import SdeltaFile, load
 from deltakit.hub.locate import local_delta
 from deltakit.identity import NO_BASE, check_base
 
@@ -40,7 +42,8 @@ def verify(delta_path: str | Path, base: str | Path | Checkpoint | None = None) 
 
     Every stream is read and compared with its sha256, and every tensor is held against the rules of
     the data model; one tensor is in memory at a time. With a base, names, shapes, dtypes and the
-    digests of base values are compared. What is wrong is reported, tensor by tensor, not raised;
+    digests of base values are compared. An adapter's initial values are made anew, all of them at a
+    time, and held against its check value; DoRA needs the base for that. What is wrong is reported, tensor by tensor, not raised;
     only a delta file or a base that cannot be opened raises MissingFileError, a base that is no
     checkpoint FormatError, and one that holds a part of a merge in place JournalError.
     """
@@ -73,6 +76,9 @@ def verify(delta_path: str | Path, base: str | Path | Checkpoint | None = None) 
                 problems.append(str(error))
                 continue
             extras += 1
+        if file.adapter is not None and not problems:
+            problems, more = _adapter(load(path), checkpoint)
+            notes += more
         if file.base is None:
             notes.append(NO_BASE)
         elif checkpoint is None:
@@ -83,10 +89,26 @@ def verify(delta_path: str | Path, base: str | Path | Checkpoint | None = None) 
 def _against_base(
     file: SdeltaFile, tensor: TensorDelta, checkpoint: Checkpoint | None
 ) -> list[str]:
-    if checkpoint is None:
+    if checkpoint is None or file.adapter is not None:
         return []
     alone = SparseDelta(tensors={tensor.name: tensor}, base=file.base)
     return [note for note in check_base(alone, checkpoint) if note != NO_BASE]
+
+
+def _adapter(delta: SparseDelta, checkpoint: Checkpoint | None) -> tuple[list[str], list[str]]:
+    """What is wrong with an adapter and its base, and what could not be checked."""
+    assert delta.adapter is not None
+    notes = []
+    try:
+        if checkpoint is not None:
+            notes = [note for note in check_base(delta, checkpoint) if note != NO_BASE]
+        computed = computed_from(delta, checkpoint)
+        if computed is None and any("computed" in r for r in delta.adapter.initial.values()):
+            return [], ["the adapter's check value is not proven: its initial values need the base"]
+        all_initial_values(delta, computed)
+    except DeltakitError as error:
+        return [str(error)], notes
+    return [], notes
 
 
 def _report(

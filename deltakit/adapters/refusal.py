@@ -26,10 +26,10 @@ def refuse_adapters(adapters: Iterable[Adapter | None], what: str, instead: str)
 
 def require_one_adapter(one: Adapter | None, other: Adapter | None) -> None:
     """Raise DeltaError unless both deltas are of base weights, or of the very same adapter."""
-    if one != other:
-        kinds = ["base weights" if a is None else f"adapter {a.kind!r}" for a in (one, other)]
-        differ = "another seed, configuration or base" if kinds[0] == kinds[1] else kinds[1]
-        raise DeltaError(
-            f"one delta is of {kinds[0]} and the other of {differ}, so their entries do not stand at "
-            "the same weights"
-        )
+    if one == other:
+        return
+    names = ["base weights" if a is None else f"adapter {a.kind!r}" for a in (one, other)]
+    differ = f"one delta is of {names[0]} and the other of {names[1]}"
+    if names[0] == names[1]:
+        differ = f"both are of {names[0]}, with different seeds, configurations or bases"
+    raise DeltaError(f"{differ}, so their entries do not stand at the same weights")

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from deltakit.adapters.refusal import require_one_adapter
 from deltakit.comparing.base_agreement import Agreement, base_agreement
 from deltakit.comparing.overlap import Entries, Overlap, overlap_of
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.differences import changes_of
 from deltakit.dtypes import Array
-from deltakit.errors import ConfigError
-from deltakit.formats.sdelta import SdeltaFile
+from deltakit.errors import ConfigError, DeltaError
+from deltakit.formats.sdelta import SdeltaFile, load
 from deltakit.groups import block_of, kind_of, natural_order
 from deltakit.hub.locate import label_of
 
@@ -43,13 +44,18 @@ class Pair:
     """Two deltas of a comparison.
 
     first, second: their positions. base: whether they belong to one base, and what shows it.
-    tensors: name -> how they meet there, for each tensor that either touches, in tensor order.
+    tensors: name -> how they meet there, for each tensor that either touches, in tensor order; empty
+    where the entries stand at different weights, as those of different adapters do, which `apart`
+    says in words. folded_cosine: of the changes that two adapters make to the base's weights, where
+    that can be told without the base.
     """
 
     first: int
     second: int
     base: Agreement
     tensors: Mapping[str, Overlap]
+    apart: str = ""
+    folded_cosine: float | None = None
 
     @property
     def total(self) -> Overlap:
@@ -101,6 +107,13 @@ class Comparison:
                 differ = pair.base.verdict == "different"
                 what = "belong to different bases" if differ else "may belong to different bases"
                 told.append(f"{self._labels(pair)} {what}: {pair.base.why}")
+            if pair.apart:
+                told.append(f"{self._labels(pair)} are not compared entry by entry: {pair.apart}")
+            if pair.folded_cosine is not None:
+                told.append(
+                    f"{self._labels(pair)}: the cosine of the changes that they make to the base's "
+                    f"weights is {pair.folded_cosine:+.3f}"
+                )
             if unknown := pair.total.unknown:
                 told.append(
                     f"{self._labels(pair)}: {unknown:,} changes are not known or not finite (set "
@@ -141,6 +154,8 @@ class Comparison:
                     "second": pair.second,
                     "base": pair.base.verdict,
                     "base_evidence": pair.base.why,
+                    "apart": pair.apart or None,
+                    "folded_cosine": pair.folded_cosine,
                     **pair.total.as_dict(),
                     "kinds": {name: part.as_dict() for name, part in pair.kinds.items()},
                     "blocks": {name: part.as_dict() for name, part in pair.blocks.items()},
@@ -162,7 +177,7 @@ def compare(deltas: Sequence[Given]) -> Comparison:
 
     deltas: at least two SparseDelta objects or paths of .sdelta files. Files are read tensor by
     tensor: one tensor of every delta is in memory at a time. Extras are not compared. Entries of
-    tensors whose shapes differ do not meet. Takes O(n log n) time in the entries, for each pair.
+    tensors whose shapes differ do not meet, nor do those of different adapters. Takes O(n log n) time in the entries, for each pair.
     Raises ConfigError for fewer than two deltas, MissingFileError and FormatError as `load` does.
     """
     if isinstance(deltas, (SparseDelta, str, os.PathLike)) or len(deltas) < 2:
@@ -174,9 +189,12 @@ def compare(deltas: Sequence[Given]) -> Comparison:
         ]
         places = list(combinations(range(len(sides)), 2))
         found: dict[tuple[int, int], dict[str, Overlap]] = {place: {} for place in places}
+        apart = {(one, other): _apart(sides[one], sides[other]) for one, other in places}
         for name in sorted({name for side in sides for name in side.tensors}, key=str.encode):
             held = [_entries(side, name) for side in sides]
             for one, other in places:
+                if apart[one, other]:
+                    continue
                 if held[one] is not None or held[other] is not None:
                     found[one, other][name] = overlap_of(held[one], held[other])
         told = [
@@ -193,10 +211,30 @@ def compare(deltas: Sequence[Given]) -> Comparison:
                 second=other,
                 base=base_agreement(sides[one], sides[other]),
                 tensors=found[one, other],
+                apart=apart[one, other],
+                folded_cosine=_folded_cosine(sides[one], sides[other]),
             )
             for one, other in places
         ]
     return Comparison(deltas=tuple(told), pairs=tuple(pairs))
+
+
+def _apart(one: SparseDelta | SdeltaFile, other: SparseDelta | SdeltaFile) -> str:
+    """Why entries of two deltas stand at different weights; empty where they do not."""
+    try:
+        require_one_adapter(one.adapter, other.adapter)
+    except DeltaError as error:
+        return str(error)
+    return ""
+
+
+def _folded_cosine(one: SparseDelta | SdeltaFile, other: SparseDelta | SdeltaFile) -> float | None:
+    if one.adapter is None or other.adapter is None:
+        return None
+    from deltakit.comparing.folded_cosine import folded_cosine
+
+    whole = [side if isinstance(side, SparseDelta) else load(side.path) for side in (one, other)]
+    return folded_cosine(whole[0], whole[1])
 
 
 def _entries(side: SparseDelta | SdeltaFile, name: str) -> Entries | None:
