@@ -20,7 +20,7 @@ import deltakit as dk
 from deltakit.cli.main import main
 from deltakit.errors import BudgetError, ConfigError, OutputExistsError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.training.build import Plan, build_trainer
+from deltakit.training.build import Plan, Subject, build_trainer
 from deltakit.training.cells import Cell, run_cells, train_cell
 from deltakit.training.comparison import compare_methods, comparison_table, method_cell
 from deltakit.training.config import TrainConfig
@@ -154,9 +154,8 @@ def _interrupt(config: TrainConfig, folder: Path) -> None:
     prepared = prepare(cell.config, print)
     base, run = Checkpoint(prepared.located.folder), RunFolder(folder)
     write_file(cell.config, run.config)
-    trainer = build_trainer(
-        cell.config, prepared, Plan.of(cell.config, base), base, run, quiet=True
-    )
+    subject = Subject(cell.config, prepared, base)
+    trainer = build_trainer(subject, Plan.of(cell.config, base.total_weights), run, quiet=True)
     trainer.add_callback(_StopAt())
     trainer.train()
     assert [path.name for path in run.checkpoints()] == ["checkpoint-3"]

@@ -22,6 +22,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetModel,
@@ -154,6 +156,26 @@ def write_gpt2(folder: Path) -> Path:
         eos_token_id=SPECIAL.index("</s>"),
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
+    decoder_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_opt(folder: Path) -> Path:
+    """A decoder with learnt positions and biases."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        word_embed_proj_dim=16,
+        pad_token_id=SPECIAL.index("[PAD]"),
+        bos_token_id=SPECIAL.index("<s>"),
+        eos_token_id=SPECIAL.index("</s>"),
+    )
+    OPTForCausalLM(config).save_pretrained(folder)
     decoder_tokenizer().save_pretrained(folder)
     return folder
 

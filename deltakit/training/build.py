@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -33,9 +34,12 @@ from deltakit.training.task import Live
 from deltakit.training.trainer import SparseTrainer
 from deltakit.training.watch import BestDelta, LogFile, Progress
 
+if TYPE_CHECKING:
+    from deltakit.adapters.attach import Attached
+
 # Settings that a delta remembers, so that its making can be told and repeated.
 _REMEMBERED = (
-    *("task", "method", "preset", *METHOD_SETTINGS, "age"),
+    *("task", "method", "preset", *METHOD_SETTINGS, "age", "masked"),
     *("lr", "head_lr", "optimizer", "optimizer_options", "weight_decay"),
     *("warmup", "scheduler", "epochs", "max_steps"),
     *("batch_size", "gradient_accumulation", "max_length", "seed", "model", "data"),
@@ -56,9 +60,12 @@ class Plan:
     avoid: list[SparseDelta]
 
     @classmethod
-    def of(cls, config: TrainConfig, base: Checkpoint) -> Plan:
-        """The plan of these settings; raises the typed errors of settings and files."""
-        budget, marks = config.budgets(base.total_weights)
+    def of(cls, config: TrainConfig, total_weights: int) -> Plan:
+        """The plan of these settings; raises the typed errors of settings and files.
+
+        total_weights: those that a budget may be a share of.
+        """
+        budget, marks = config.budgets(total_weights)
         return cls(
             make_method(config.method, budget, config.method_settings()),
             [mark for mark in marks if mark < budget],
@@ -67,40 +74,83 @@ class Plan:
         )
 
 
-def build_trainer(
-    config: TrainConfig,
-    prepared: Prepared,
-    plan: Plan,
-    base: Checkpoint,
-    folder: RunFolder,
-    *,
-    quiet: bool,
-) -> SparseTrainer:
-    """The model with its trainer, ready to train or to resume.
+@dataclass(frozen=True)
+class Subject:
+    """The model of a run, loaded and given its adapter when first asked for.
 
     torch's global generator is seeded first, because a new head is drawn from it.
     """
-    transformers.set_seed(config.seed)
-    model = load_model(prepared.located, prepared.config, prepared.problem, config.dtype)
+
+    config: TrainConfig
+    prepared: Prepared
+    base: Checkpoint
+
+    @property
+    def total_weights(self) -> int:
+        """The weights that a budget may be a share of: the adapter's, or else the base's."""
+        if self.adapter is None:
+            return self.base.total_weights
+        return sum(parameter.numel() for parameter in self.adapter.parameters.values())
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, as the problem wants it, without the adapter until that was asked for."""
+        transformers.set_seed(self.config.seed)
+        prepared = self.prepared
+        config = self.config
+        return load_model(
+            prepared.located,
+            prepared.config,
+            prepared.problem,
+            config.dtype,
+            config.quantization,
+        )
+
+    @cached_property
+    def adapter(self) -> Attached | None:
+        """The adapter that the settings name, attached to the model."""
+        config = self.config
+        if config.adapter is None:
+            return None
+        from deltakit.adapters.attach import attach
+
+        return attach(
+            self.model,
+            config.adapter,
+            config.adapter_settings(),
+            target=config.target or None,
+            exclude=exclusions(config, self.model, self.base),
+            seed=config.seed if config.adapter_seed is None else config.adapter_seed,
+            checkpoint=self.base,
+        )
+
+
+def build_trainer(subject: Subject, plan: Plan, folder: RunFolder, *, quiet: bool) -> SparseTrainer:
+    """The subject's model with its trainer, ready to train or to resume."""
+    config, prepared, model = subject.config, subject.prepared, subject.model
+    adapter = subject.adapter
+    layers = {} if adapter else {"target": config.target or None}
     trainer = SparseTrainer(
         model,
         arguments(config, folder, len(prepared.examples["train"])),
         method=plan.method,
-        target=config.target or None,
-        exclude=exclusions(config, model, base),
+        exclude=() if adapter else exclusions(config, model, subject.base),
         extras=config.extras,
         extras_lr=config.head_lr,
         checkpoint_budgets=plan.marks,
         age=config.age,
         optimizer=config.optimizer,
         optimizer_options=dict(parse_option(given) for given in config.optimizer_options),
-        base=base,
+        base=subject.base,
         init_delta=plan.init,
         avoid=plan.avoid,
+        adapter=adapter,
+        masked=config.masked,
         model_id=prepared.located.model_id,
         revision=prepared.located.revision,
         config=_config_changes(prepared.changes, model),
         provenance=_provenance(config),
+        **layers,
         **feeding(config, prepared, model),
     )
     _watch(trainer, config, prepared.metric, folder, quiet=quiet)
@@ -189,6 +239,8 @@ def _config_changes(changes: Mapping[str, Any], model: Any) -> dict[str, Any] | 
 def _provenance(config: TrainConfig) -> dict[str, Any]:
     settings = config.as_dict()
     told = {name: settings[name] for name in _REMEMBERED if settings[name] is not None}
+    if config.adapter is None:
+        del told["masked"]
     for name in ("model", "data", "mask"):  # a file that travels tells no folders of its maker
         if name in told and Path(told[name]).exists():
             told[name] = Path(told[name]).name

@@ -11,6 +11,7 @@ from typing import Any
 
 from deltakit.budget import parse_budget
 from deltakit.errors import ConfigError, nearest
+from deltakit.quantized.scheme import COMPUTE_DTYPES, KINDS, Quantization
 from deltakit.registry import Registry
 from deltakit.targets.presets import TARGET_PRESETS
 from deltakit.training.presets import PRESETS
@@ -23,6 +24,7 @@ from deltakit.training.settings import (
     many,
     one_of,
     option,
+    parse_option,
     parse_setting,
     real,
     setting,
@@ -33,7 +35,7 @@ from deltakit.training.settings import (
 from deltakit.training.tasks import TASKS
 from deltakit.training.text_metrics import TEXT_METRICS
 
-MODEL, DATA, METHOD = "Model", "Data and task", "Method"
+MODEL, DATA, METHOD, ADAPTER = "Model", "Data and task", "Method", "Adapter"
 OPTIMIZATION, EVALUATION, RUN = "Optimization", "Evaluation", "Run"
 METHOD_SETTINGS = (
     *("heuristic", "eps", "exp", "precondition"),
@@ -56,6 +58,12 @@ def _heuristics() -> list[str]:
     from deltakit.selection import HEURISTICS
 
     return HEURISTICS.names()
+
+
+def _adapters() -> list[str]:
+    from deltakit.adapters.kinds import KINDS
+
+    return KINDS.names()
 
 
 def _optimizers() -> list[str]:
@@ -95,6 +103,21 @@ class TrainConfig:
         one_of("auto", "float32", "bfloat16", "float16", "float64"),
         MODEL,
         "dtype of the weights in training; auto keeps the checkpoint's, so that merging is exact",
+    )
+    quantize: str | None = setting(
+        None,
+        one_of(*KINDS),
+        MODEL,
+        "hold the base's linear weights in 4 or 8 bits; deltas still belong to the full base",
+    )
+    double_quantization: bool | None = setting(
+        None, yes_or_no(), MODEL, "quantise the scales of nf4 and fp4, too"
+    )
+    compute_dtype: str | None = setting(
+        None,
+        one_of(*COMPUTE_DTYPES),
+        MODEL,
+        "dtype in which layers of nf4 and fp4 multiply; that of the weights if unset",
     )
     init_delta: str | None = setting(None, text("DELTA"), MODEL, "delta to go on from")
     avoid: tuple[str, ...] = setting(
@@ -141,7 +164,7 @@ class TrainConfig:
         "named settings, listed in docs/settings.md; METHOD-default if unset",
     )
     budget: str | int = setting(
-        "", entry_count(), METHOD, "entries to train: 100k, or 0.1% of the base"
+        "", entry_count(), METHOD, "entries to train: 100k, 0.1% of the base, or 6% of the adapter"
     )
     heuristic: str | None = setting(
         None,
@@ -248,6 +271,26 @@ class TrainConfig:
         "entry", one_of("entry", "shared"), METHOD, "Adam's step count: per entry, or one for all"
     )
 
+    adapter: str | None = setting(
+        None,
+        choice(_adapters),
+        ADAPTER,
+        "train entries of an adapter at the layers of target; docs/methods.md lists them",
+    )
+    rank: int | None = setting(None, whole(1), ADAPTER, "rank of the adapter, where it has one")
+    adapter_options: tuple[str, ...] = setting(
+        (), many(option()), ADAPTER, "option of the adapter, such as alpha=32 or reduction_factor=4"
+    )
+    adapter_seed: int | None = setting(
+        None, whole(0), ADAPTER, "seed of the adapter's initial values; `seed` if unset"
+    )
+    masked: str = setting(
+        "initial",
+        one_of("initial", "zero"),
+        ADAPTER,
+        "what the adapter's other entries are: their initial values, or zero (SparseAdapter)",
+    )
+
     lr: float | str = setting(
         1e-3,
         learning_rate(),
@@ -348,6 +391,12 @@ class TrainConfig:
             raise ConfigError("scheduler constant has no warm-up; use constant_with_warmup")
         if self.early_stopping_patience and self.eval_strategy == "no":
             raise ConfigError("early_stopping_patience needs evaluation; eval_strategy is no")
+        if self.adapter is None:
+            for name in ("rank", "adapter_options", "adapter_seed"):
+                if getattr(self, name):
+                    raise ConfigError(f"setting {name} needs an adapter; give --adapter")
+        if self.quantization is not None and self.hessian:
+            raise ConfigError("hessian is measured on full-precision weights; leave out --quantize")
         accepted = self._accepted()
         with_ = f" with heuristic {self.heuristic}" if "heuristic" in accepted else ""
         for name in METHOD_SETTINGS:
@@ -356,6 +405,11 @@ class TrainConfig:
                     f"setting {name} does not apply to method {self.method}"
                     f"{with_ if self.heuristic else ''}; docs/settings.md says which settings do"
                 )
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base is quantised, if it is."""
+        return Quantization.of(self.quantize, self.double_quantization, self.compute_dtype)
 
     def method_settings(self) -> dict[str, Any]:
         """The settings that make the method, unset ones as None; the seed included."""
@@ -371,13 +425,21 @@ class TrainConfig:
         names = [name for name in (*METHOD_SETTINGS, "seed") if name in taken]
         return [*names, "mask_seed"] if "seed" in names else names
 
+    def adapter_settings(self) -> dict[str, Any]:
+        """The options that make the adapter, unset ones left out."""
+        given = dict(parse_option(each) for each in self.adapter_options)
+        return given if self.rank is None else {**given, "rank": self.rank}
+
     def as_dict(self) -> dict[str, Any]:
         """All settings as plain YAML values, in order of declaration."""
         values = asdict(self)
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
     def budgets(self, total_weights: int) -> tuple[int, list[int]]:
-        """The resolved budget and its marks, rising; ConfigError for a mark above the budget."""
+        """The resolved budget and its marks, rising; ConfigError for a mark above the budget.
+
+        total_weights: what a share is one of: the base's, with an adapter the adapter's.
+        """
         whole_budget = parse_budget(self.budget, total_weights)
         marks = sorted({parse_budget(mark, total_weights) for mark in self.checkpoint_budgets})
         if marks and not 0 < marks[0] <= marks[-1] <= whole_budget:

@@ -13,8 +13,6 @@ from deltakit.formats.atomic import write_bytes
 from deltakit.training.config import TrainConfig, check_names, describe
 from deltakit.training.presets import PRESETS
 
-_CHOOSE = ("method", "adapter")  # what presets depend on
-
 
 def resolve(file: Mapping[str, Any], flags: Mapping[str, Any]) -> TrainConfig:
     """The settings of a run; each layer overrules those before it.
@@ -92,8 +90,10 @@ def _preset_name(file: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
     adapter = flags.get("adapter", file.get("adapter"))
     usual = f"{method}-{'default' if adapter is None else 'adapter'}"
     default = usual if usual in PRESETS else "none"
-    if any(key in flags and flags[key] != file.get(key, flags[key]) for key in _CHOOSE):
+    if "method" in flags and flags["method"] != file.get("method", flags["method"]):
         return default
+    if adapter is not None and file.get("preset") == f"{method}-default":
+        return default  # those settings are for weights of the base
     return str(file.get("preset", default))
 
 

@@ -12,7 +12,7 @@ import torch
 
 from deltakit.errors import DataError, OutputExistsError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.training.build import Plan, build_trainer
+from deltakit.training.build import Plan, Subject, build_trainer
 from deltakit.training.calibration import TrainerCalibration
 from deltakit.training.config import TrainConfig
 from deltakit.training.config_file import write_file
@@ -95,8 +95,9 @@ def find_for(config: TrainConfig, *, force: bool, say: Say) -> Found:
         torch.set_num_threads(config.threads)
     prepared = prepare(config, say)
     base = Checkpoint(with_weights(prepared.located).folder)
-    plan = Plan.of(config, base)
-    trainer = build_trainer(config, prepared, plan, base, folder, quiet=True)
+    subject = Subject(config, prepared, base)
+    plan = Plan.of(config, subject.total_weights)
+    trainer = build_trainer(subject, plan, folder, quiet=True)
     search = trainer.find_lr(seed=config.seed, say=_teller(say))
     found = Found(search, _lambda_max(trainer, search, config.seed))
     folder.path.mkdir(parents=True, exist_ok=True)

@@ -16,14 +16,14 @@ from deltakit import __version__
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import save
 from deltakit.training.analysis_report import analyses, plot_unmasking
-from deltakit.training.build import Plan, build_trainer
+from deltakit.training.build import Plan, Subject, build_trainer
 from deltakit.training.config import TrainConfig
 from deltakit.training.config_file import write_file
 from deltakit.training.density_report import hessian_norms, plot_density, travelled
 from deltakit.training.folder import RunFolder
 from deltakit.training.lr_run import known_rate, settle_rate
 from deltakit.training.memory import PeakMemory
-from deltakit.training.prepare import Prepared, Say, prepare
+from deltakit.training.prepare import Say, prepare
 from deltakit.training.pretrained import with_weights
 from deltakit.training.quiet import quieten
 from deltakit.training.report import plot, write_metrics
@@ -69,11 +69,12 @@ def train(
         torch.set_num_threads(config.threads)
     prepared = prepare(config, say)
     base = Checkpoint(with_weights(prepared.located).folder)
-    plan = Plan.of(config, base)
+    subject = Subject(config, prepared, base)
+    plan = Plan.of(config, subject.total_weights)
     if not resume:
         folder.clear()
         write_file(config, folder.config)
-    trainer = build_trainer(config, prepared, plan, base, folder, quiet=quiet)
+    trainer = build_trainer(subject, plan, folder, quiet=quiet)
     config = settle_rate(config, trainer, folder, say)
     memory, training = PeakMemory(), time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -85,7 +86,7 @@ def train(
         "peak_bytes_above_model": memory.above(),
     }
     save(trainer.delta(), folder.delta)
-    record = _results(config, prepared, base, trainer, folder)
+    record = _results(config, subject, trainer, folder)
     record |= {**cost, "seconds": round(time.monotonic() - started, 3)}
     plot(record, folder.plot)
     found = record["analyses"]
@@ -97,13 +98,10 @@ def train(
 
 
 def _results(
-    config: TrainConfig,
-    prepared: Prepared,
-    base: Checkpoint,
-    trainer: SparseTrainer,
-    folder: RunFolder,
+    config: TrainConfig, subject: Subject, trainer: SparseTrainer, folder: RunFolder
 ) -> dict[str, Any]:
     """The content of metrics.json; evaluates the end of training where nothing has yet."""
+    prepared, base = subject.prepared, subject.base
     delta = trainer.delta()
     step = trainer.state.global_step
     names = prepared.problem.metric_names
@@ -139,6 +137,8 @@ def _results(
             "reached": delta.nnz,
             "base_weights": base.total_weights,
         },
+        "quantization": config.quantization and config.quantization.as_dict(),
+        "adapter": None if config.adapter is None else _adapter(config.adapter, subject),
         "extras": {"weights": delta.extra_weights, "names": list(delta.extras)},
         "analyses": found,
         "marks": marks,
@@ -149,6 +149,10 @@ def _results(
         "lr_auto": delta.provenance.get("lr_auto"),
         "versions": _versions(),
     }
+
+
+def _adapter(kind: str, subject: Subject) -> dict[str, Any]:
+    return {"kind": kind, "weights": subject.total_weights, "masked": subject.config.masked}
 
 
 def _result(

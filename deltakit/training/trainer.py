@@ -23,7 +23,7 @@ from deltakit.training.lr_search import LrSearch
 from deltakit.training.tuner import SparseTuner
 
 _PASSED = (
-    *("age", "base", "init_delta", "avoid", "optimizer", "optimizer_options"),
+    *("age", "base", "init_delta", "avoid", "optimizer", "optimizer_options", "adapter", "masked"),
     *("model_id", "revision", "config", "provenance"),
 )
 STATE_FILE = "optimizer.pt"  # the Trainer's own name; it holds the support and values too
@@ -38,7 +38,8 @@ class SparseTrainer(Trainer):
     `max_grad_norm` are those of the entries; clipping sees chosen entries and extras only.
 
     method, target, exclude, extras, extras_lr, age, optimizer, optimizer_options, base, init_delta,
-    avoid, model_id, revision, config, provenance: see `SparseTuner`. checkpoint_budgets: when
+    avoid, adapter, masked, model_id, revision, config, provenance: see `SparseTuner`.
+    checkpoint_budgets: when
     unmasking reaches such a mark, `budget-N.sdelta` is written to `args.output_dir` and evaluated
     (`budget_results`).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,12 +18,15 @@ from deltakit.live.coordinates import (
     config_changes,
     coordinates,
     find_checkpoint,
+    live_tensors,
     saved_buffers,
 )
 from deltakit.live.translation import settled
+from deltakit.quantized.layers import quantization_of
 from deltakit.selection.fixed import Unresolved, resolved
 from deltakit.selection.methods import Method
 from deltakit.selection.scene import Calibration, Scene
+from deltakit.training.adapted import AdapterTraining, Masked
 from deltakit.training.any_optimizer import Factory
 from deltakit.training.collect import collect
 from deltakit.training.engine import Engine
@@ -35,6 +38,9 @@ from deltakit.training.optimizer import Age
 from deltakit.training.optimizer_choice import make_optimizer
 from deltakit.training.support import continue_from, continued, enter, keep_clear
 from deltakit.training.targets import choose_targets
+
+if TYPE_CHECKING:
+    from deltakit.adapters.attach import Attached
 
 
 class SparseTuner:
@@ -58,6 +64,9 @@ class SparseTuner:
     by default; without one, live names and dtypes are the coordinates. init_delta: a delta to
     continue from, its entries counted in the budget. avoid: deltas whose support stays untouched.
     calibration: passes over the data, for methods that measure before training (`dk.Batches`).
+    adapter: an adapter attached to the model (`dk.attach`), whose tensors alone are trained then, from
+    their initial values. masked: what its entries outside the support are, "initial" (as any
+    weight that is not chosen) or "zero" (SparseAdapter, He et al. 2022).
     model_id, revision, config, provenance: recorded in the delta.
 
     Raises ConfigError, BudgetError, CoordinateError or BaseMismatchError before anything changes.
@@ -87,6 +96,8 @@ class SparseTuner:
         init_delta: SparseDelta | None = None,
         avoid: Sequence[SparseDelta] = (),
         calibration: Calibration | None = None,
+        adapter: Attached | None = None,
+        masked: Masked = "initial",
         model_id: str | None = None,
         revision: str | None = None,
         config: Mapping[str, Any] | None = None,
@@ -97,17 +108,21 @@ class SparseTuner:
             raise ConfigError(f"accumulation_steps must be at least 1, found {accumulation_steps}")
         self.model = model
         self.checkpoint = _open(base) or find_checkpoint(model)
-        self._where = coordinates(model, self.checkpoint, buffers=True)
+        self._adapter = _adapter(adapter, self.checkpoint, masked, init_delta)
+        self._where = (
+            adapter.where if adapter else coordinates(model, self.checkpoint, buffers=True)
+        )
         names = {n: self._where.names[n] for n, _ in model.named_parameters()}
         buffers = {self._where.names[n] or n: b for n, b in saved_buffers(model).items()}
-        targets, extra_names = choose_targets(model, names, target, exclude, extras)
+        among = self._adapter.live_names if self._adapter else None
+        targets, extra_names = choose_targets(model, names, target, exclude, extras, among)
         self._requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
         self._identity = LiveIdentity(
             model, targets, self._where, self.checkpoint, model_id, revision
         )
-        live = dict(model.named_parameters())
-        keep_clear(targets, [settled(each, self._where, live) for each in avoid])
-        earlier = None if init_delta is None else settled(init_delta, self._where, live)
+        live, whole = dict(model.named_parameters()), live_tensors(model)
+        keep_clear(targets, [settled(each, self._where, whole) for each in avoid])
+        earlier = None if init_delta is None else settled(init_delta, self._where, whole)
         _refuse_rearranged(extra_names, self._where)
         kept = [make_extra(names[n] or n, live[n]) for n in extra_names]
         scene = Scene(
@@ -119,11 +134,18 @@ class SparseTuner:
             calibration=calibration,
         )
         self.method = resolved(method, continued(scene, targets, earlier))
+        if self._adapter:
+            self._adapter.check_method(self.method)
         entries = Entries(targets, self.method.budget)
         if earlier is not None:
             self._identity.check(earlier)
             continue_from(earlier, entries, kept)
         start = self.method.start(replace(scene, taken=entries.count))
+        if self._adapter:
+            self._adapter.check_support(start, targets)
+        if self._adapter and masked == "zero":
+            start = self._adapter.prune(start, targets)
+            self._identity.take_samples()
         enter(start.support, entries)
         for name, parameter in live.items():
             parameter.requires_grad_(name in set(extra_names))
@@ -151,7 +173,9 @@ class SparseTuner:
         )
         changes = config_changes(model, self.checkpoint) if self.engine.extras else {}
         self._config = changes if config is None else dict(config)
-        self._provenance = dict(provenance or {})
+        how = quantization_of(model)
+        told = {} if how is None else {"quantization": how.as_dict()}
+        self._provenance = {**(provenance or {}), **told}
 
     @property
     def unmasked(self) -> int:
@@ -185,16 +209,21 @@ class SparseTuner:
         tensors, base = collect(engine.entries, self._where, ordered=ordered, frozen=engine.frozen)
         extras = {e.name: to_numpy(e.parameter) for e in engine.extras}
         extras |= {n: to_numpy(buffer) for n, buffer in engine.changed_buffers().items()}
+        identity = self._identity.of(base, tensors)
+        if self._adapter:
+            tensors, identity = self._adapter.whole(tensors), self._adapter.base(identity)
+            extras |= self._adapter.extras
         return SparseDelta(
             tensors=tensors,
             extras=extras,
-            base=self._identity.of(base),
+            base=identity,
             config=self._config,
             provenance={
                 **self._provenance,
                 "budget": self.budget,
                 "reached": sum(tensor.nnz for tensor in tensors.values()),
             },
+            adapter=self._adapter.adapter if self._adapter else None,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,9 +237,31 @@ class SparseTuner:
     def close(self) -> None:
         """Let go of the model: hooks off, `requires_grad` as before, trained weights kept."""
         self.engine.close()
+        for target in self.engine.entries.targets:
+            target.close()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad[name])
             parameter.grad = None
+
+
+def _adapter(
+    attached: Attached | None,
+    checkpoint: Checkpoint | None,
+    masked: Masked,
+    init_delta: SparseDelta | None,
+) -> AdapterTraining | None:
+    if attached is None:
+        if masked != "initial":
+            raise ConfigError(
+                "masked zero is for adapters; the base's other weights stay as they are"
+            )
+        return None
+    training = AdapterTraining.of(attached, checkpoint)
+    if init_delta is not None:
+        if masked != "initial":
+            raise ConfigError("masked zero starts anew and cannot go on from a delta")
+        training.check_earlier(init_delta)
+    return training
 
 
 def _open(base: str | os.PathLike[str] | Checkpoint | None) -> Checkpoint | None:
