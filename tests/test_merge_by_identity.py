@@ -115,7 +115,7 @@ def contents(folder: str | Path) -> dict[str, bytes]:
 
 def cached() -> list[str]:
     """The weight files that the cache holds."""
-    found = Path(constants.HF_HUB_CACHE).rglob("snapshots/*/*.safetensors")
+    found = Path(constants.HF_HUB_CACHE).rglob("snapshots/**/*.safetensors")
     return sorted(path.name for path in found if path.is_file())
 
 
@@ -221,6 +221,27 @@ def test_one_file_as_the_output(delta: dk.SparseDelta, base: Path) -> None:
     assert Path("there.safetensors").read_bytes() == Path("here.safetensors").read_bytes()
     with pytest.raises(ConfigError, match=r"let go of \(--no-keep-base\) by merges into a folder"):
         dk.merge(None, delta, "again.safetensors", keep_base=False)
+
+
+@pytest.mark.parametrize(
+    "place", ["deep", "deep/model.safetensors.index.json", f"deep/{SHARDS[0]}"]
+)
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_base_in_a_folder_of_its_repository(
+    hub: HubServer, delta: dk.SparseDelta, base: Path, place: str, keep: bool
+) -> None:
+    """A single shard is a lone file, which merges to a lone file and stays."""
+    hub.add("org/base", {f"deep/{name}": data for name, data in contents(base).items()})
+    lone = place.endswith(SHARDS[0])
+    if lone:
+        delta = dk.SparseDelta(tensors={"w0": delta.tensors["w0"]}, base=delta.base)
+    out = ".safetensors" if lone else ""
+    dk.merge(base / SHARDS[0] if lone else base, delta, f"here{out}")
+    dk.merge(f"hf://org/base/{place}", delta, f"there{out}", keep_base=keep or lone)
+    both = [Path(f"{name}{out}") for name in ("here", "there")]
+    here, there = [path.read_bytes() if lone else contents(path) for path in both]
+    assert there == here
+    assert len(cached()) == (1 if lone else 3 * keep)
 
 
 def test_stacking_by_a_method_first(delta: dk.SparseDelta, base: Path) -> None:
@@ -378,7 +399,7 @@ def test_a_shard_that_comes_broken(
     with pytest.raises(error, match="run the same command again"):
         dk.merge(None, delta, "out", keep_base=False)
     assert list(Path().iterdir()) == []
-    assert cached() == []
+    assert (cached(), objects()) == ([], 0)
     dk.merge(None, delta, "out", keep_base=False)
     dk.merge(base, delta, "here")
     assert contents("out") == contents("here")

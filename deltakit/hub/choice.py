@@ -79,8 +79,15 @@ def foreign_files(listing: Listing, read: Callable[[str], bytes]) -> list[str]:
 
 
 def description_files(listing: Listing) -> list[str]:
-    """Configuration, tokenizer and the like, below the location's folder."""
-    return [name for name in listing.below() if name.endswith(DESCRIPTION)]
+    """Configuration, tokenizer and the like, below the location's folder or that of the index that it
+    names; none for a lone file."""
+    location = listing.location
+    if listing.holds_file():
+        if not location.path.endswith(INDEX):
+            return []
+        location = replace(location, path=location.path.rpartition("/")[0])
+    names = replace(listing, location=location).below()
+    return [name for name in names if name.endswith(DESCRIPTION)]
 
 
 def weight_files(listing: Listing, read: Callable[[str], bytes]) -> list[str]:

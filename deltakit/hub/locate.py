@@ -81,8 +81,7 @@ def base_at(location: Location) -> LocalBase:
 
     listing = listed(location)
     weights = weight_files(listing, lambda name: (fetch(listing, [name]) / name).read_bytes())
-    beside = [] if listing.holds_file() else description_files(listing)
-    folder = fetch(listing, [*beside, *weights])
+    folder = fetch(listing, [*description_files(listing), *weights])
     return LocalBase(folder / location.path, location.repo, listing.commit)
 
 

@@ -33,7 +33,7 @@ class HubBase(Checkpoint):
     def __init__(self, listing: Listing, *, keep: bool = True) -> None:
         location = listing.location
         names = weight_files(listing, lambda name: (fetch(listing, [name]) / name).read_bytes())
-        folder = fetch(listing, [] if listing.holds_file() else description_files(listing))
+        folder = fetch(listing, description_files(listing))
         index = folder / names.pop(0) if names[0].endswith(INDEX) else None
         directory = None if listing.holds_file() and index is None else (folder / names[0]).parent
         self._listing, self._keep = listing, keep
