@@ -20,7 +20,7 @@ from deltakit.cli.options import (
 from deltakit.hub.location import is_location
 
 if TYPE_CHECKING:
-    from deltakit.publishing.push import PushReport
+    from deltakit.publishing.push_report import PushReport
 
 
 @click.command()

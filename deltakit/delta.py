@@ -15,7 +15,7 @@ from deltakit.dtypes import Array, DType, dtype, dtype_of
 from deltakit.errors import DeltaError
 
 if TYPE_CHECKING:
-    from deltakit.publishing.push import PushReport
+    from deltakit.publishing.push_report import PushReport
 
 Mode = Literal["add", "set"]
 MAX_NUMEL = 2**62  # keeps every sum of an index and a length inside int64

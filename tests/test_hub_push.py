@@ -261,6 +261,15 @@ def test_a_dry_run_changes_nothing(
     assert commits(writer) == 1
 
 
+def test_nothing_is_made_for_what_cannot_be_published(
+    writer: HubServer, delta_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a\tb.sdelta").write_bytes(delta_file.read_bytes())
+    with pytest.raises(ConfigError, match="is no path in a repository"):
+        dk.push(tmp_path / "a\tb.sdelta", "org/new")
+    assert writer.repos == {}
+
+
 def test_json(writer: HubServer, delta_file: Path) -> None:
     code, out, err = run(delta_file, "org/news", "--json", "--message", "First")
     told = json.loads(out)

@@ -70,10 +70,11 @@ def push(
     created = head.private is None
     if head.listing is None and not create:
         raise _nothing_there(head)
+    files, notes = with_card(contents, head)  # whatever is wrong with it comes before anything made
     if head.listing is None and not dry_run:
         head = make_branch(head, private=private)
         _refuse_to_expose(head, private)
-    files, notes = with_card(contents, head)
+        files, notes = with_card(contents, head)  # a new branch begins with what main holds
     pushed = compared(files, head)
     changed = any(file.status != "unchanged" for file in pushed)
     commit = None if head.listing is None else head.listing.commit
