@@ -25,7 +25,7 @@ from deltakit.adapters.places import Places
 from deltakit.adapters.standing import check_plain, enter
 from deltakit.delta import BaseIdentity, SparseDelta, in_tensor_order
 from deltakit.dtypes import Array, dtype
-from deltakit.errors import BaseMismatchError, CoordinateError, DeltaError
+from deltakit.errors import BaseMismatchError, ConfigError, CoordinateError, DeltaError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import identify
 from deltakit.live.arrays import dtype_name, to_numpy, to_torch
@@ -60,6 +60,19 @@ class Attached:
         """Give the adapter its initial values back."""
         _fill(self.parameters, self.initial)
 
+    def weigh(self, weight: float) -> None:
+        """Let the adapter add `weight` times what it was trained to add to the weights.
+
+        Raises ConfigError for other weights than 1 where it does not add to weights.
+        """
+        if self.injection.weigh is not None:
+            self.injection.weigh(weight)
+        elif weight != 1:
+            raise ConfigError(
+                f"adapter {self.adapter.kind!r} applies with weight 1 alone, found {weight}: what it "
+                "does is no sum with the weights"
+            )
+
     def detach(self) -> None:
         """Give the model back its plain modules, their bits untouched."""
         self.injection.remove()
@@ -81,9 +94,9 @@ def attach(
     exclude: presets and patterns of tensors (see `deltakit.targets`); an adapter stands at the
     modules whose weights they take. checkpoint: the base; without one live names are names.
 
-    The adapter's parameters require gradients then, no others do, until it is taken off. Raises ConfigError for options and
-    patterns that do not fit, CoordinateError for modules whose weights the checkpoint holds
-    rearranged or the model shares.
+    The adapter's parameters require gradients then, no others do, until it is taken off. Raises
+    ConfigError for options and patterns that do not fit and where an adapter stands in the model,
+    CoordinateError for modules whose weights the checkpoint holds rearranged or the model shares.
     """
     builder = builder_of(kind)
     check_plain(model)
@@ -122,10 +135,8 @@ def reattach(
     initial = all_initial_values(delta, from_base(adapter, places.read))
     injection = _inject(model, adapter.kind, adapter.config, list(modules))
     with _undone_on_failure(injection):
-        if (
-            _frozen(adapter.kind, adapter.config, adapter.seed, injection, modules)
-            != adapter.config
-        ):
+        drawn = _frozen(adapter.kind, adapter.config, adapter.seed, injection, modules)
+        if drawn != adapter.config:
             raise BaseMismatchError(
                 f"adapter {adapter.kind!r}: its seed and configuration draw other random values than "
                 "it was trained with (their check value differs); the file is damaged"

@@ -25,12 +25,14 @@ class Injection:
     one that it stands for as its child `base_layer` (as in peft), by which its tensors are found
     again. remove: gives the model back the very modules that it had. freeze: of an adapter that holds
     random values which it does not train, makes them of a seed: (seed, live name of a module -> the
-    base's name) -> all of them by name.
+    base's name) -> all of them by name. weigh: of an adapter that adds to weights, lets it add so
+    many times as much.
     """
 
     parameters: dict[str, dict[str, torch.nn.Parameter]]
     remove: Callable[[], None]
     freeze: Callable[[int, Mapping[str, str]], dict[str, Array]] | None = None
+    weigh: Callable[[float], None] | None = None
 
 
 class Builder(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -62,13 +62,29 @@ def inject(
             model.peft_config = known  # a PeftModel's own, that the user made
         for path, names in active.items():
             model.get_submodule(path).set_adapter([*names, *([name] if path in training else [])])
-    layers = {module: model.get_submodule(module).train(mode) for module, mode in training.items()}
-    freeze = FREEZE.get(KINDS[kind].peft)
+    layers: dict[str, Any] = {
+        module: model.get_submodule(module).train(mode) for module, mode in training.items()
+    }
+    record = KINDS[kind]
+    freeze = FREEZE.get(record.peft)
     return Injection(
         parameters={module: _parameters(layer, name) for module, layer in layers.items()},
         remove=remove,
         freeze=freeze and partial(freeze, layers, name),
+        weigh=_weigher([layer.scaling for layer in layers.values()], name)
+        if record.family
+        else None,
     )
+
+
+def _weigher(scalings: Sequence[dict[str, float]], name: str) -> Callable[[float], None]:
+    before = [scaling[name] for scaling in scalings]
+
+    def weigh(weight: float) -> None:
+        for scaling, value in zip(scalings, before, strict=True):
+            scaling[name] = value * weight
+
+    return weigh
 
 
 def _inject(

@@ -3,110 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
-import numpy as np
 import torch
 
-from deltakit.delta import SparseDelta, TensorDelta
-from deltakit.dtypes import Array, dtype, dtype_of
-from deltakit.errors import ConfigError, CoordinateError, nearest
+from deltakit.delta import SparseDelta
+from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.live.arrays import dtype_name
-from deltakit.live.base_check import check_live_base
-from deltakit.live.coordinates import Coordinates, coordinates, find_checkpoint, live_tensors
+from deltakit.live.adapters import Weighed, check_beside_entries, exchange
+from deltakit.live.coordinates import plain_tensors
 from deltakit.live.ledger import Applied
-from deltakit.live.offload import check_resident
+from deltakit.live.locator import Locator
 from deltakit.live.state import State, state_of
-from deltakit.live.translation import read_stored, to_model
 from deltakit.merging.inputs import Given, Input, read_inputs
 from deltakit.patching.chain import link_of
-from deltakit.quantized.beside import beside, refuse_whole
-from deltakit.quantized.stand_in import StandIn
-
-
-@dataclass(frozen=True, eq=False)
-class Locator:
-    """Brings deltas to a model: finds their tensors in it and checks that it is their base.
-
-    Raises CoordinateError for tensors or shapes that the model lacks, and for weights that are in
-    no memory; BaseMismatchError for a delta of another base.
-    """
-
-    model: torch.nn.Module
-    base: str | os.PathLike[str] | Checkpoint | None
-    allow_base_mismatch: bool
-
-    @cached_property
-    def checkpoint(self) -> Checkpoint | None:
-        """The checkpoint that maps live names to the deltas' names."""
-        if self.base is None or isinstance(self.base, Checkpoint):
-            return self.base or find_checkpoint(self.model)
-        return Checkpoint(os.fspath(self.base))
-
-    @cached_property
-    def where(self) -> Coordinates:
-        """Where the checkpoint holds the model's tensors."""
-        return coordinates(self.model, self.checkpoint, buffers=True)
-
-    def check_names(self, names: Sequence[str]) -> None:
-        """Raise CoordinateError for a tensor of the checkpoint that the model lacks."""
-        known = set(self.where.stored)
-        for name in names:
-            if name not in known:
-                raise CoordinateError(
-                    f"the model has no tensor {name!r}{nearest(name, self.where.stored)}"
-                )
-
-    def locate(self, delta: SparseDelta, weight: float) -> Applied:
-        """The delta in the model's coordinates, checked against the base that the model holds."""
-        live = live_tensors(self.model)
-        extras = {name: _whole(name, array) for name, array in delta.extras.items()}
-        found = Applied(
-            delta,
-            weight,
-            beside(self._by_live_name(to_model(delta.tensors, self.where, live)), live),
-            self._by_live_name(to_model(extras, self.where, live)),
-        )
-        refuse_whole(found.extras, live)
-        for name in found.names:
-            check_resident(name, live[name])
-        if not self.allow_base_mismatch:
-            ledger = state_of(self.model).ledger
-
-            def read(name: str, at: Array) -> Array:
-                kind = dtype(dtype_name(live[name]))
-                return ledger.base_words(name, live[name], at).view(kind.numpy)
-
-            def base_values(name: str, at: Array) -> Array:
-                if self._codes(name, live):  # they do not tell their base; its checkpoint does
-                    assert self.checkpoint is not None
-                    kind = self.checkpoint.info(name).kind
-                    return self.checkpoint.gather(name, at).view(kind.numpy)
-                return read_stored(name, at, self.where, read)
-
-            check_live_base(self._checkable(delta, live), base_values, self.checkpoint)
-        return found
-
-    def _codes(self, name: str, live: Mapping[str, torch.Tensor]) -> bool:
-        """Whether a tensor of the checkpoint is quantised in the model."""
-        parts = self.where.by_stored.get(name)
-        return isinstance(live[parts[0].live if parts else self.where.live[name]], StandIn)
-
-    def _checkable(self, delta: SparseDelta, live: Mapping[str, torch.Tensor]) -> SparseDelta:
-        """The delta without quantised tensors where no checkpoint tells their base."""
-        if self.checkpoint is not None:
-            return delta
-        known = {n: t for n, t in delta.tensors.items() if not self._codes(n, live)}
-        return replace(delta, tensors=known)
-
-    def _by_live_name(
-        self, tensors: Mapping[str, Sequence[TensorDelta]]
-    ) -> dict[str, Sequence[TensorDelta]]:
-        return {self.where.live[name]: parts for name, parts in tensors.items()}
 
 
 @dataclass(eq=False)
@@ -114,7 +26,7 @@ class Handle:
     """Deltas applied to a model together; other handles of the model may stand beside it.
 
     At any time the model holds what merging all applied deltas at once gives, in the order in which
-    they were applied. Methods are safe from any thread, and wait for forward passes where the model
+    they were applied; adapters stand beside the weights, as they did in training. Methods are safe from any thread, and wait for forward passes where the model
     has a `dk.guard`.
     """
 
@@ -146,7 +58,7 @@ class Handle:
         old = self._applied[position]
         (new,) = read_inputs(delta, [old.weight if weight is None else weight])
         with self._state.changing():
-            found = self._locator.locate(new.delta, new.weight)
+            found = self._locator.locate(new)
             self._become([found if each is old else each for each in self._applied])
 
     def revert(self) -> None:
@@ -176,9 +88,15 @@ def switch(model: torch.nn.Module, old: Sequence[Applied], new: Sequence[Applied
         before = [a for a, keep in zip(present[:start], others[:start], strict=True) if keep]
         after = [a for a, keep in zip(present[start:], others[start:], strict=True) if keep]
         applied = [*before, *new, *after]
-        changes = state.ledger.plan(live_tensors(model), applied)
+        changes = state.ledger.plan(plain_tensors(model), applied)
+        check_beside_entries(applied)
         with state.guard.writing():
+            exchange(_adapters(present), _adapters(applied))
             state.ledger.commit(changes, applied)
+
+
+def _adapters(applied: Sequence[Applied]) -> list[Weighed]:
+    return [(each.adapter, each.weight) for each in applied if each.adapter is not None]
 
 
 def apply(
@@ -197,6 +115,10 @@ def apply(
     shapes the model lacks, BaseMismatchError for a delta of another base, ConfigError for weights
     that do not fit, DeltaError for extras and `set` entries that differ.
 
+    A delta of an adapter attaches it, so that the model computes what the trained one did, bit for
+    bit. Weights other than 1 scale what LoRA, AdaLoRA, LoHa and LoKr add, several of one kind stand
+    side by side, and beside entries in the same weights; ConfigError for what does not go together.
+
     A weight patch (see `deltakit.patching.stream`), or consecutive ones, moves the base itself on,
     where it is the next of its chain; see `deltakit.patching.following.follow`.
     """
@@ -207,7 +129,7 @@ def apply(
         return follow(Locator(model, base, allow_base_mismatch), inputs)
     handle = Handle(Locator(model, base, allow_base_mismatch))
     with state_of(model).changing():
-        handle._become([handle._locator.locate(each.delta, each.weight) for each in inputs])
+        handle._become([handle._locator.locate(each) for each in inputs])
     return handle
 
 
@@ -226,15 +148,3 @@ def applied(
         yield handle
     finally:
         handle.revert()
-
-
-def _whole(name: str, array: Array) -> TensorDelta:
-    """An extra as entries that set all of a tensor."""
-    return TensorDelta(
-        name=name,
-        shape=array.shape,
-        dtype=dtype_of(array).name,
-        mode="set",
-        indices=np.arange(array.size),
-        values=array.reshape(-1),
-    )

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deltakit.adapters.refusal import refuse_adapters
 from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError, nearest
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import SdeltaFile
-from deltakit.live.apply import Locator, switch
+from deltakit.live.apply import switch
 from deltakit.live.bank_tasks import Loaded, ParameterEntries, load_task, parameter_entries
+from deltakit.live.locator import Locator
 from deltakit.live.state import state_of
 from deltakit.live.words import write_all
-from deltakit.merging.inputs import Given, read_inputs
+from deltakit.merging.inputs import Given, Input, read_inputs
 
 if TYPE_CHECKING:
     from deltakit.mixed.batch import MixedBatch
@@ -36,7 +38,8 @@ class DeltaBank:
     The base's weights must not be changed by others while the bank is in use: the bits that it
     restores are those it saw when a task became ready. Deltas applied by `dk.apply` may stand
     beside the active task; switching is slower then. Methods are safe from any thread, and wait for
-    forward passes where the model has a `dk.guard`. Raises what `dk.apply` raises.
+    forward passes where the model has a `dk.guard`. Raises what `dk.apply` raises, and DeltaError for
+    deltas of adapters.
     """
 
     def __init__(
@@ -74,9 +77,10 @@ class DeltaBank:
         if not isinstance(delta, SparseDelta):
             delta = Path(delta).absolute()
             with SdeltaFile(delta) as file:
-                names = [*file.tensors, *file.extras]
+                names, adapter = [*file.tensors, *file.extras], file.adapter
         else:
-            names = [*delta.tensors, *delta.extras]
+            names, adapter = [*delta.tensors, *delta.extras], delta.adapter
+        refuse_adapters([adapter], "switching by DeltaBank", "dk.apply and its swap attach them")
         self._locator.check_names(names)
         self._given[task] = delta
 
@@ -148,7 +152,7 @@ class DeltaBank:
             if self._mixed is None or not wanted.keys() <= set(self._mixed.tasks):
                 self._mixed = mixed_batch(
                     self.model,
-                    {task: self._read(task) for task in wanted},
+                    {task: self._read(task).delta for task in wanted},
                     base=self._locator.checkpoint,
                     allow_base_mismatch=self._locator.allow_base_mismatch,
                 )
@@ -158,13 +162,13 @@ class DeltaBank:
         if task not in self._given:
             raise ConfigError(f"the bank has no task {task!r}{nearest(task, self.names())}")
 
-    def _read(self, task: str) -> SparseDelta:
+    def _read(self, task: str) -> Input:
         (given,) = read_inputs(self._given[task])
-        return given.delta
+        return given
 
     def _load(self, task: str) -> Loaded:
         if task not in self._ready:
-            applied = self._locator.locate(self._read(task), 1.0)
+            applied = self._locator.locate(self._read(task))
             self._ready[task] = load_task(self.model, applied)
         self._ready.move_to_end(task)
         self._make_room(task)

@@ -9,7 +9,7 @@ import torch
 
 from deltakit.dtypes import dtype
 from deltakit.live.arrays import dtype_name, to_torch
-from deltakit.live.coordinates import live_tensors
+from deltakit.live.coordinates import plain_tensors
 from deltakit.live.ledger import Applied, Bits, Change
 from deltakit.live.state import state_of
 from deltakit.live.words import Words, word_tensor
@@ -52,7 +52,7 @@ class ParameterEntries:
 
 def load_task(model: torch.nn.Module, applied: Applied) -> Loaded:
     """Work out the words of a task that is located in a model, whatever is applied to it now."""
-    changes = state_of(model).ledger.alone(live_tensors(model), applied)
+    changes = state_of(model).ledger.alone(plain_tensors(model), applied)
     base = [
         replace(c.write, words=word_tensor(c.saved.words, c.write.words.device)) for c in changes
     ]

@@ -86,6 +86,34 @@ def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: resident(model, n, tensor) for n, tensor in found.items()} | stand_ins(model)
 
 
+def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """`live_tensors` without those of adapters, by the names that they have without adapters."""
+    plain = plain_names(model)
+    named = [(plain(name), tensor) for name, tensor in live_tensors(model).items()]
+    return {name: tensor for name, tensor in named if name is not None}
+
+
+def plain_coordinates(model: torch.nn.Module, checkpoint: Checkpoint | None) -> Coordinates:
+    """`coordinates` of parameters and saved buffers by the names of `plain_tensors`.
+
+    They stay what they are while adapters come and go.
+    """
+    where, plain = coordinates(model, checkpoint, buffers=True), plain_names(model)
+    names, regions = {}, {}
+    for live, stored in where.names.items():
+        name = plain(live)
+        if name is None:
+            continue
+        names[name] = name if live in where.regions else stored
+        if live in where.regions:
+            regions[name] = [region.moved(name, region.stored) for region in where.regions[live]]
+    dtypes = {
+        plain(name) or name if name in where.regions else name: d
+        for name, d in where.dtypes.items()
+    }
+    return Coordinates(names, regions, dtypes)
+
+
 def checkpoint_names(
     model: torch.nn.Module, checkpoint: Checkpoint | None, *, buffers: bool = False
 ) -> dict[str, str | None]:

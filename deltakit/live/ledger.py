@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,15 +21,22 @@ from deltakit.live.words import Words, check_dtype, make_words, read_words, writ
 from deltakit.merging.arithmetic import Contribution, merged_words
 from deltakit.merging.inputs import Input, common_extras
 
+if TYPE_CHECKING:
+    from deltakit.live.adapters import LiveAdapter
+
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """A delta and its weight; its tensors and extras by live name, in the model's coordinates."""
+    """A delta and its weight; its tensors and extras by live name, in the model's coordinates.
+
+    Live names are those without adapters. adapter: of a delta of one, which has no tensors then.
+    """
 
     delta: SparseDelta
     weight: float
     tensors: Mapping[str, Sequence[TensorDelta]]
     extras: Mapping[str, Sequence[TensorDelta]]
+    adapter: LiveAdapter | None = None
 
     @property
     def names(self) -> list[str]:

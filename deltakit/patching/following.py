@@ -21,11 +21,12 @@ from deltakit.delta import SparseDelta
 from deltakit.dtypes import dtype
 from deltakit.errors import BaseMismatchError, ConfigError
 from deltakit.identity import without_support
-from deltakit.live.apply import Handle, Locator
+from deltakit.live.apply import Handle
 from deltakit.live.arrays import dtype_name
 from deltakit.live.base_check import check_live_base
-from deltakit.live.coordinates import Coordinates, live_tensors
+from deltakit.live.coordinates import Coordinates, plain_tensors
 from deltakit.live.ledger import Applied
+from deltakit.live.locator import Locator
 from deltakit.live.offload import check_resident
 from deltakit.live.state import state_of
 from deltakit.live.translation import stored_values, to_model
@@ -96,7 +97,7 @@ def follow(locator: Locator, inputs: Sequence[Input]) -> PatchHandle:
     model, patch = locator.model, _joined(inputs)
     with state_of(model).mutex:
         _require_bare(model)
-        live, where = live_tensors(model), locator.where
+        live, where = plain_tensors(model), locator.where
         moved = to_model(patch.tensors, where, live)
         found = Applied(patch, 1.0, {where.live[name]: parts for name, parts in moved.items()}, {})
         _require_fit(found, live)
