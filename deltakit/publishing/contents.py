@@ -150,7 +150,8 @@ def parsed_settings(text: bytes, path: Path) -> dict[str, Any]:
 def _mapping(content: object, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FormatError(f"{path}: expected names with values, found {type(content).__name__}")
-    return {str(name): value for name, value in fit_to_travel(content).items()}
+    fit = fit_to_travel(content, folder=path.parent)
+    return {str(name): value for name, value in fit.items()}
 
 
 def _of_model(folder: Path) -> Contents:

@@ -15,19 +15,20 @@ _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")  # those of people and o
 _HIDDEN = "***"
 
 
-def fit_to_travel(value: Any, name: str = "") -> Any:
+def fit_to_travel(value: Any, name: str = "", *, folder: Path | None = None) -> Any:
     """A JSON value with local paths cut to their last part and access tokens blotted out.
 
-    name: the key that the value stands under. A path is what begins like one, what exists here, what
-    has more parts than a name on the Hub, and what stands under a key for paths.
+    name: the key that the value stands under. folder: of the run that recorded it. A path is what
+    begins like one, what has more parts than a name on the Hub, what stands under a key for paths,
+    and what exists, seen from here or from a folder that holds the run's.
     """
     if isinstance(value, Mapping):
-        return {key: fit_to_travel(each, str(key)) for key, each in value.items()}
+        return {key: fit_to_travel(each, str(key), folder=folder) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [fit_to_travel(each, name) for each in value]
+        return [fit_to_travel(each, name, folder=folder) for each in value]
     if not isinstance(value, str):
         return value
-    if _is_path(value, name):
+    if _is_path(value, name) or ("/" in value and _exists(value, folder)):
         value = PureWindowsPath(value).name  # splits at both kinds of slashes
     return without_tokens(value)
 
@@ -48,12 +49,12 @@ def _is_path(value: str, name: str) -> bool:
         return False
     if name in _PATHS or _ABSOLUTE.match(value):
         return True
-    deep = name in ("model", "data") and value.count("/") > 1
-    return deep or _exists(value)
+    return name in ("model", "data") and value.count("/") > 1
 
 
-def _exists(value: str) -> bool:
+def _exists(value: str, folder: Path | None) -> bool:
+    places = [Path(), *([] if folder is None else folder.resolve().parents)]
     try:
-        return Path(value).exists()
+        return not is_location(value) and any((place / value).exists() for place in places)
     except (OSError, ValueError):  # too long, or no name that the system could have
         return False
