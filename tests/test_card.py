@@ -197,7 +197,9 @@ def test_no_folders_of_the_maker(family: dict[str, Path], tmp_path: Path) -> Non
         "note": "made in /home/me/private of C:\\Users\\me\\x",
         "lineage": [{"operation": "stack", "with": "~/private/other.sdelta"}],
     }
-    dk.save(replace(delta, provenance=told), family["delta.sdelta"])
+    assert delta.base is not None
+    base = replace(delta.base, model_id="/home/me/private/bert", revision=None)
+    dk.save(replace(delta, provenance=told, base=base), family["delta.sdelta"])
     settings = {"output_dir": str(tmp_path / "run"), "data": "file:///home/me/private/x.jsonl"}
     text = card(family, settings=settings)
     assert "bert" in text

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
+from deltakit.adapter import Adapter
 from deltakit.budget import format_bytes
 from deltakit.changes import Changes
+from deltakit.delta import BaseIdentity
 from deltakit.formats.header import TensorRecord
 from deltakit.inspection import Inspection, ratio
 from deltakit.lineage import brief
@@ -46,8 +48,7 @@ def sections(facts: Facts, kept: str) -> str:
 def _summary(facts: Facts) -> str:
     header = facts.main.found.header
     base, adapter = header.base, header.adapter
-    named = None if base is None else base.model_id
-    to = "a base that is not named" if named is None else code(named)
+    to = "a base that is not named" if base is None else _named(base)
     total = None if base is None else base.total_weights
     of = "weights" if total is None else f"of {total:,} weights"
     kind = "A sparse delta"
@@ -60,6 +61,12 @@ def _summary(facts: Facts) -> str:
     )
 
 
+def _named(base: BaseIdentity) -> str:
+    if base.model_id is None:
+        return "a base that is not named"
+    return _value(fit_to_travel(base.model_id, "model"))
+
+
 def _changes(found: Inspection) -> str:
     header = found.header
     modes = ", ".join(sorted({t.mode for t in found.tensors})) or "none"
@@ -67,15 +74,24 @@ def _changes(found: Inspection) -> str:
     rows = [["", ""], ["entries", f"{found.entries:,} in {len(found.tensors)} tensors"]]
     if found.density_of_base is not None:
         rows.append(["density in the base", _percent(found.density_of_base)])
+    whole = "touched tensors" if header.adapter is None else "adapters"
     rows += [
-        ["density in the touched tensors", _percent(found.density_of_touched)],
+        [f"density in the {whole}", _percent(found.density_of_touched)],
         ["mode and dtype", f"{modes}; {dtypes}"],
     ]
+    if header.adapter is not None:
+        rows.append(["adapters", _adapters(found, header.adapter)])
     if header.extras:
         rows.append(["beside the budget", f"{found.extra_weights:,} weights: {_extras(found)}"])
     if header.config:
         rows.append(["configuration", _listed([code(key) for key in header.config])])
     return f"{table(rows)}\n\n{_parts(found)}" if found.tensors else table(rows)
+
+
+def _adapters(found: Inspection, adapter: Adapter) -> str:
+    modules = {adapter.split(tensor.name)[0] for tensor in found.tensors}
+    seed = f"initial values of seed {adapter.seed}"
+    return f"{code(adapter.kind)} at {len(modules)} modules, {seed}: {_value(adapter.config)}"
 
 
 def _extras(found: Inspection) -> str:
@@ -118,8 +134,9 @@ def _parts(found: Inspection) -> str:
 
 
 def _sizes(changes: Changes | None) -> list[str]:
-    known = changes is not None and changes.known
-    return [f"{changes.mean:.3g}", f"{changes.most:.3g}"] if known and changes else ["", ""]
+    if changes is None or not changes.known:
+        return ["", ""]
+    return [f"{changes.mean:.3g}", f"{changes.most:.3g}"]
 
 
 def _files(facts: Facts) -> str:
@@ -154,7 +171,7 @@ def _origin(facts: Facts) -> str:
     base = facts.main.found.header.base
     rows = [["", ""]]
     if base is not None:
-        rows.append(["base", "not named" if base.model_id is None else code(base.model_id)])
+        rows.append(["base", _named(base)])
         if base.revision is not None:
             rows.append(["revision of the base", code(base.revision)])
         rows.append(["tensors of the base with fingerprints", str(len(base.tensors))])
@@ -181,8 +198,12 @@ def _settings(facts: Facts) -> dict[str, Any]:
 
 def _value(value: Any) -> str:
     plain = isinstance(value, str) or not isinstance(value, (Mapping, Sequence))
-    text = str(value) if plain else json.dumps(value, ensure_ascii=False, default=str)
+    text = str(value) if plain else json.dumps(value, ensure_ascii=False, default=_plain)
     return code(_FOLDERS.sub("", text))
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else str(value)
 
 
 def _percent(share: float) -> str:

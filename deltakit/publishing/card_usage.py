@@ -6,6 +6,7 @@ import json
 import re
 from shlex import quote
 
+from deltakit.adapters.kinds import KINDS
 from deltakit.dtypes import DTYPES
 from deltakit.publishing.card_facts import Facts
 from deltakit.publishing.markdown import fenced
@@ -35,13 +36,20 @@ def _commands(facts: Facts) -> list[str]:
     delta = quote(facts.location(facts.main))
     base = "" if facts.base_on_hub else f"{_base(facts)} "
     trained = " --dtype trained" if _other_dtypes(facts) else ""
+    merge = f"deltakit merge {base}{delta} -o {name}-merged{trained}  # a plain checkpoint"
     return [
         f"deltakit inspect {delta}  # what it holds; downloads its header alone",
         f"deltakit pull {_pulled(facts)} -o {name}.sdelta  # the file, checked",
-        f"deltakit merge {base}{delta} -o {name}-merged{trained}  # a plain checkpoint",
+        *([merge] if _merges(facts) else []),
         *_member(facts),
         *_combining(facts, delta),
     ]
+
+
+def _merges(facts: Facts) -> bool:
+    """Whether its changes are ones of weights: those of some adapters depend on the input."""
+    adapter = facts.main.found.header.adapter
+    return adapter is None or (adapter.kind in KINDS.names() and KINDS[adapter.kind].folds)
 
 
 def _member(facts: Facts) -> list[str]:
@@ -57,13 +65,18 @@ def _combining(facts: Facts, delta: str) -> list[str]:
     """Truncating, and stacking what is left with the whole: both need the sizes of changes."""
     found = facts.main.found
     half = found.entries // 2
-    if not half or found.header.adapter or not all(DTYPES[t.dtype].compute for t in found.tensors):
+    if not half or not all(DTYPES[t.dtype].compute for t in found.tensors):
         return []
     base = ""
     if any(t.mode == "set" and not t.base_values for t in found.tensors):
         base = f" --base {quote(_base(facts))}"
+    truncate = (
+        f"deltakit truncate {delta} --budget {half}{base} -o {SMALLER}  # its largest changes"
+    )
+    if found.header.adapter is not None:
+        return [truncate]
     return [
-        f"deltakit truncate {delta} --budget {half}{base} -o {SMALLER}  # its largest changes",
+        truncate,
         f"deltakit stack {delta} {SMALLER} --weights 0.5,0.5{base} -o {STACKED}  # or other deltas",
     ]
 
@@ -84,7 +97,7 @@ def _on_a_model(facts: Facts) -> str:
     """Applying it to a live model; nothing where no class of transformers is known to fit."""
     kind = _CLASSES.get(facts.task or "")
     header = facts.main.found.header
-    if kind is None or header.adapter is not None:
+    if kind is None:
         return ""
     base = facts.base_on_hub
     options = [json.dumps(_base(facts) if base is None else base.repo)]
