@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from attack_factory import forged
 from click.testing import CliRunner
 from hub_server import HubServer
 from huggingface_hub import constants
@@ -32,6 +33,7 @@ from deltakit.errors import (
     MissingFileError,
     OutputError,
     OutputExistsError,
+    UnsupportedVersionError,
 )
 from deltakit.formats.sdelta import encode
 from deltakit.hub import failures
@@ -235,6 +237,12 @@ def test_a_revision(news: HubServer, family: dict[str, bytes]) -> None:
         ({"repo": "hf://org/news/README.md"}, ConfigError, "is no .sdelta file, and pull gets del"),
         ({"repo": "org/base"}, HubNotFoundError, "org/base has no .sdelta file"),
         ({"repo": "org/base", "family": True}, HubNotFoundError, "org/base has no .sdelta file"),
+        (
+            {"repo": "hf://org/news/delta.sdelta", "family": True},
+            ConfigError,
+            "names a file; give its",
+        ),
+        ({"repo": "org/news", "revision": "../x"}, ConfigError, "no branch, tag or commit after @"),
         ({"repo": "org/news", "budget": "many"}, BudgetError, "is no number; write 100k"),
     ],
 )
@@ -342,6 +350,16 @@ def test_what_was_published_damaged_is_told_as_that(
         with pytest.raises(ChecksumError, match=message):
             call("org/bad")
         assert (here(), blobs()) == ([], [])
+
+
+def test_a_newer_version_is_not_told_as_damage(hub: HubServer) -> None:
+    newer = forged("v1-rice", lambda header: header.update(version=99))
+    hub.add("org/new", {"delta.sdelta": newer})
+    message = r"^hf://org/new@\w+/delta.sdelta: .*version 99 is newer.* upgrade"
+    for call in (dk.pull, dk.SparseDelta.from_hub):
+        with pytest.raises(UnsupportedVersionError, match=message):
+            call("org/new")
+    assert (here(), len(blobs())) == ([], 1)
 
 
 def test_a_dropped_connection_goes_on(news: HubServer, family: dict[str, bytes]) -> None:

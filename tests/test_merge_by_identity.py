@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +36,7 @@ from deltakit.formats.sdelta import encode
 from deltakit.hub import failures
 from deltakit.identity import identify
 
+ROOT = Path(__file__).resolve().parents[1]
 SHARDS = [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
 
 
@@ -421,3 +426,64 @@ def test_a_cache_without_room_is_one_line(
     with pytest.raises(OutputError, match=r"no space left for the download in .*HF_HOME"):
         dk.merge(None, delta, "out")
     assert list(Path().iterdir()) == []
+
+
+def stopped_at(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str, how: signal.Signals
+) -> None:
+    """`deltakit merge a.sdelta -o out --no-keep-base`, stopped when a shard is asked for whole."""
+    route = f"GET /object/{hub.repos['model', 'org/base'].files('main')[shard].sha256}"
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    command = [sys.executable, "-m", "deltakit", "merge", "a.sdelta", "-o", "out", "--no-keep-base"]
+    running = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+    asked, fault = [], hub.fault
+
+    def seen(call: str) -> Any:
+        if call == route:
+            asked.append(call)
+            if len(asked) == 2:  # the first asks for the header
+                running.send_signal(how)
+                running.wait()
+        return fault(call)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "fault", seen)
+        assert running.wait() != 0
+    assert len(asked) == 2
+
+
+def test_a_merge_that_is_stopped_leaves_nothing(
+    published: HubServer, delta: dk.SparseDelta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dk.save(delta, "a.sdelta")
+    stopped_at(published, tmp_path, monkeypatch, SHARDS[1], signal.SIGTERM)
+    assert [path.name for path in Path().iterdir()] == ["a.sdelta"]
+    assert (cached(), objects()) == ([], 0)
+
+
+def test_a_merge_that_is_killed_is_gone_on_with(
+    published: HubServer,
+    delta: dk.SparseDelta,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dk.save(delta, "a.sdelta")
+    stopped_at(published, tmp_path, monkeypatch, SHARDS[1], signal.SIGKILL)
+    assert not Path("out").exists()
+    before = len(published.seen)
+    report = dk.merge(None, "a.sdelta", "out", keep_base=False)
+    whole = {each.call for each in published.seen[before:] if each.range is None}
+    blobs = published.repos["model", "org/base"].files("main")
+    assert [f"GET /object/{blobs[name].sha256}" in whole for name in SHARDS] == [False, True, True]
+    assert "1 weight files were finished by an earlier merge" in report.notes
+    dk.merge(base, "a.sdelta", "here")
+    assert contents("out") == contents("here")
+    assert cached() == []

@@ -18,10 +18,11 @@ from deltakit.formats import rewrite
 from deltakit.formats.atomic import replacing
 from deltakit.formats.partial_folder import finishing, is_whole, resuming_folder
 from deltakit.lineage import digest
+from deltakit.merging.base_values import check_arrived
 from deltakit.merging.carry import Carried, copy_carried
 from deltakit.merging.files import WeightFile
 from deltakit.merging.naming import Output
-from deltakit.merging.plan import Plan, check_arrived
+from deltakit.merging.plan import Plan
 
 Progress = Callable[[int, int], None]
 WORKERS = 4  # by default at most; more do not make a disk faster

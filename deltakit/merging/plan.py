@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltakit.delta import SparseDelta
 from deltakit.diffing.grown_rows import appended_to
 from deltakit.dtypes import DTYPES, Array, DType, dtype_of
-from deltakit.errors import ConfigError, DeltaError, DeltakitError
+from deltakit.errors import ConfigError, DeltaError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_file import GATHER_MAPPED, TensorInfo
-from deltakit.identity import NO_BASE, check_base
+from deltakit.identity import NO_BASE
 from deltakit.merging.arithmetic import Contribution, union_between
+from deltakit.merging.base_values import checked
 from deltakit.merging.folding import Term, fold, folding_memory
 from deltakit.merging.inputs import Input, chosen_head, common_config, common_extras, contributions
 from deltakit.merging.quantized import Quantized, plain_part, quantized_in, refuse_conversion
@@ -36,8 +36,8 @@ class Plan:
     config: keys to be changed in config.json. dtype: as asked for: None, "trained" or a name.
     untouched: for "trained", the dtype that tensors without entries take (None: their own).
     requantizer: makes the tensors that are quantised again, or None. deferred: whose base values are
-    compared when the weight files come (see `check_arrived`), other values being let through or not
-    as `allow_base_mismatch` says.
+    compared when the weight files come (see `deltakit.merging.base_values`); `allow_base_mismatch`
+    lets other values through then.
     """
 
     base: Checkpoint
@@ -114,7 +114,7 @@ def plan_merge(
     """Check every delta against the base and against each other; see `deltakit.merge`.
 
     The base of the first `settled` inputs has been checked by an earlier merge. defer: leave base
-    values, which are not on this machine yet, to `check_arrived`.
+    values, which are not on this machine yet, to `deltakit.merging.base_values.check_arrived`.
     """
     _check_dtype(dtype)
     quantized = quantized_in(inputs, base, requantize=requantize)
@@ -125,10 +125,10 @@ def plan_merge(
         plain = plain_part(each.delta, quantized)
         if defer and plain.base is not None:
             deferred.append(each)
-            found = _checked(each, replace(plain, base=None), base, allow_base_mismatch)
+            found = checked(each, replace(plain, base=None), base, allow_base_mismatch)
             notes += [note for note in found if not note.endswith(NO_BASE)]
         else:
-            notes += _checked(each, plain, base, allow_base_mismatch)
+            notes += checked(each, plain, base, allow_base_mismatch)
     chosen = chosen_head(inputs, head)
     touched = contributions(inputs)
     extras = common_extras(inputs, chosen)
@@ -183,27 +183,6 @@ def _with_adapters(plan: Plan) -> Plan:
             "be merged"
         )
     return replace(plan, folded=folded)
-
-
-def check_arrived(plan: Plan, file: str) -> None:
-    """Compare the base values that were deferred of a weight file, given by its name, which is at
-    hand now; raises as `plan_merge` does."""
-    for each in plan.deferred:
-        held = plan.base.shards[file].tensors
-        tensors = {
-            n: t for n, t in each.delta.tensors.items() if plan.base.tensors[n] == held.get(n)
-        }
-        part = SparseDelta(tensors=tensors, base=each.delta.base)
-        found = _checked(each, part, plan.base, plan.allow_base_mismatch)
-        plan.notes.extend(note for note in found if note not in plan.notes)
-
-
-def _checked(each: Input, delta: SparseDelta, base: Checkpoint, allow: bool) -> list[str]:
-    """`check_base` of (a part of) an input, told with its label."""
-    try:
-        return [f"{each.label}: {note}" for note in check_base(delta, base, allow=allow)]
-    except DeltakitError as error:
-        raise type(error)(f"{each.label}: {error}") from None
 
 
 def _requantizer(

@@ -18,6 +18,7 @@ from deltakit.errors import (
     FormatError,
     MissingFileError,
     OutputExistsError,
+    UnsupportedVersionError,
 )
 from deltakit.formats.atomic import refuse_existing, replacing
 from deltakit.formats.atomic_folder import replacing_folder
@@ -95,6 +96,10 @@ def pull(
     _refuse(target, force, folder=family)
     listing = listed(location)
     if family:
+        if listing.holds_file():
+            raise ConfigError(
+                f"{location} names a file; give its repository or folder for all of it"
+            )
         names = [*deltas_in(listing), *records_in(listing)]
         if listing.away is not None:
             _log.warning("%s: only what the cache holds is pulled, perhaps not all of it", location)
@@ -105,7 +110,8 @@ def pull(
     check_space(target, sum((folder / name).stat().st_size for name in places))
     with _folder(target if family else None) as made:
         written = {
-            n: p if made is None else made / p.relative_to(target) for n, p in places.items()
+            name: place if made is None else made / place.relative_to(target)
+            for name, place in places.items()
         }
         for name, place in written.items():
             if family:
@@ -119,10 +125,8 @@ def read(repo: str, *, revision: str | None, budget: int | str | None) -> Sparse
     listing = listed(located(repo, revision))
     name = chosen(listing, budget)
     file = fetch(listing, [name]) / name
-    try:
+    with _explaining(listing, name, file):
         return load(file)
-    except FormatError as error:
-        raise _damaged(listing, name, str(error).replace(str(file), "it")) from None
 
 
 def located(repo: str, revision: str | None) -> Location:
@@ -130,7 +134,8 @@ def located(repo: str, revision: str | None) -> Location:
     location = Location.parse(repo if is_location(repo) else f"hf://{repo}")
     if None not in (location.revision, revision) and location.revision != revision:
         raise ConfigError(f"{location} names a revision, and revision is {revision}; give one")
-    return Location(location.repo, location.revision or revision, location.path)
+    pinned = Location(location.repo, location.revision or revision, location.path)
+    return Location.parse(str(pinned))  # a revision becomes a path as well
 
 
 def chosen(listing: Listing, budget: int | str | None) -> str:
@@ -196,20 +201,30 @@ def _copy(listing: Listing, name: str, place: Path) -> None:
         shutil.copyfile(listing.folder / name, temporary)
         if not name.endswith(DELTA):
             return
-        problems = verify(temporary).problems
-        if problems:
-            raise _damaged(listing, name, problems[0].replace(str(temporary), "it"))
+        with _explaining(listing, name, temporary):
+            with SdeltaFile(temporary):
+                problems = verify(temporary).problems
+            if problems:
+                raise FormatError(problems[0])
 
 
-def _damaged(listing: Listing, name: str, problem: str) -> Exception:
-    """The error for a delta that differs from its own digests; it is removed from the cache."""
-    file, place = listing.folder / name, listing.pinned(name)
-    published = is_recorded(file, listing.files[name])
-    cache.forget(file)
-    why = "it was removed from the cache, run the same command again"
-    if published:
-        why = f"the Hub records these very bytes, so tell the owner of {place.repo}"
-    return ChecksumError(f"{place}: {problem}; {why}")
+@contextmanager
+def _explaining(listing: Listing, name: str, read: Path) -> Iterator[None]:
+    """Tell what is wrong with a delta, `read` from the cache or a copy, as of its location; one that is
+    damaged is removed from the cache."""
+    place = listing.pinned(name)
+    try:
+        yield
+    except UnsupportedVersionError as error:
+        raise UnsupportedVersionError(str(error).replace(str(read), str(place))) from None
+    except FormatError as error:
+        file = listing.folder / name
+        why = "it was removed from the cache, run the same command again"
+        if is_recorded(file, listing.files[name]):
+            why = f"the Hub records these very bytes, so tell the owner of {place.repo}"
+        cache.forget(file)
+        problem = str(error).replace(str(read), str(place))
+        raise ChecksumError(f"{problem}; {why}") from None
 
 
 def _report(listing: Listing, target: Path, places: dict[str, Path]) -> PullReport:
