@@ -22,16 +22,21 @@ def configure(
 ) -> dict[str, Any]:
     """See `building.Builder`.
 
-    options: deltakit's (rank, alpha, dropout) or peft's own names of the kind's fields.
+    options: deltakit's (rank, alpha, dropout) or peft's own names of the kind's fields. Without alpha
+    it is the rank, so that larger ranks are not scaled down.
     """
     record = KINDS[kind]
     config = {**record.fields, **record.fixed}
+    given = {record.names.get(option, option) for option in options}
     for option, value in options.items():
         name = record.names.get(option, option)
         if name not in record.fields or name == "fan_in_fan_out":
             known = [*record.names, *record.fields]
             raise ConfigError(f"adapter {kind!r} has no option {option!r}{nearest(option, known)}")
         config[name] = value
+    rank, alpha = record.names.get("rank", ""), record.names.get("alpha", "")
+    if rank in given and alpha and alpha not in given:
+        config[alpha] = config[rank]
     if "fan_in_fan_out" in record.fields:
         config["fan_in_fan_out"] = _is_transposed(model, modules)
     if kind == "ia3" and config["feedforward_modules"] is None:
