@@ -22,6 +22,7 @@ from deltakit.cli.options import (
 
 if TYPE_CHECKING:
     from deltakit.conversion import ConversionReport
+    from deltakit.formats.bridges.bridge import Form
 
 
 def _list_formats(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -54,6 +55,12 @@ def _list_formats(ctx: click.Context, param: click.Parameter, value: bool) -> No
 )
 @click.option("--density", type=float, help="The same as a share of the changed tensors.")
 @click.option(
+    "--as",
+    "form",
+    type=click.Choice(["adapter", "weights"]),
+    help="LoRA: keep the adapter (default), or its change of the weights, to a budget.",
+)
+@click.option(
     "--mode",
     type=click.Choice(["add", "set"]),
     help="What the values of plain COO are: differences or new weights.",
@@ -81,6 +88,7 @@ def command(
     base: Source | None,
     budget: int | str | None,
     density: float | None,
+    form: Form | None,
     mode: str | None,
     prefix: str,
     lossy: bool,
@@ -98,7 +106,9 @@ def command(
     Examples:
       deltakit convert --formats
       deltakit convert shira/ shira.sdelta --base base/
-      deltakit convert lora/ lora.sdelta --base base/ --budget 100k
+      deltakit convert lora/ lora.sdelta --base base/
+      deltakit convert lora/ weights.sdelta --base base/ --as weights --budget 100k
+      deltakit convert adapter.sdelta lora/ --to peft-adapter --base base/
       deltakit convert delta.sdelta adapter/ --to peft-supertuning --base base/
     """
     from deltakit.conversion import convert
@@ -111,6 +121,7 @@ def command(
         base=base,
         budget=budget,
         density=density,
+        form=form,
         mode="set" if mode == "set" else "add" if mode else None,
         prefix=prefix,
         lossy=lossy,

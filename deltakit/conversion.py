@@ -13,7 +13,7 @@ from deltakit.delta import BaseIdentity, Mode, SparseDelta
 from deltakit.errors import ConfigError, DeltakitError, OutputError
 from deltakit.formats.atomic import refuse_existing
 from deltakit.formats.bridges import BRIDGES, Bridge, Options, Reading, recognise
-from deltakit.formats.bridges.bridge import Energy, needed
+from deltakit.formats.bridges.bridge import Energy, Form, needed
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.hub.locate import local_source
 from deltakit.identity import check_base, identify
@@ -76,6 +76,7 @@ def convert(
     base: str | os.PathLike[str] | Checkpoint | None = None,
     budget: int | str | None = None,
     density: float | None = None,
+    form: Form | None = None,
     mode: Mode | None = None,
     prefix: str = "",
     lossy: bool = False,
@@ -86,15 +87,19 @@ def convert(
     from_format: by default told by the content. to_format: by default "sdelta", unless `source`
     is one. base: the checkpoint; many formats lack shapes and need it, and its identity is recorded
     or, where the source has it recorded, checked. budget, density: how many entries stay of a
-    dense change (LoRA). mode, prefix, lossy: see `deltakit.formats.bridges.bridge.Options`. force:
-    replace an output that exists; a folder only where it is of a known format.
+    dense change (LoRA). form: whether a LoRA adapter stays an adapter or becomes entries of the
+    base's weights; by default weights where a budget or density is given. mode, prefix, lossy: see
+    `deltakit.formats.bridges.bridge.Options`. force: replace an output that exists; a folder only
+    where it is of a known format.
 
     Raises FormatError for input that is of no known format or broken, ConfigError where something
     must be said that was not, CoordinateError and BaseMismatchError for another base,
     OutputExistsError for an output that is there.
     """
     where, target = local_source(source), Path(out)
-    options = Options(budget=budget, density=density, mode=mode, prefix=prefix, lossy=lossy)
+    options = Options(
+        budget=budget, density=density, form=form, mode=mode, prefix=prefix, lossy=lossy
+    )
     reader, found = _reader(where, from_format)
     writer = BRIDGES[_target_format(reader.name, to_format)]()
     _check_options(reader, options)
@@ -102,6 +107,7 @@ def convert(
     checkpoint = base if isinstance(base, Checkpoint) or base is None else Checkpoint(Path(base))
     reading = reader.read(where, base=checkpoint, options=options)
     delta = _with_identity(reading, checkpoint, reader)
+    _check_kind(delta, writer)
     ready = _in_mode(delta, writer, checkpoint)
     lost = writer.write(ready, target, base=checkpoint, options=options)
     return ConversionReport(
@@ -143,6 +149,21 @@ def _check_options(reader: Bridge, options: Options) -> None:
         raise ConfigError(
             f"{reader.name} is sparse as it is; convert it whole, then deltakit truncate the result"
         )
+    if options.form is not None and not reader.sparsifies:
+        raise ConfigError(f"{reader.name} has one form only; --as is for low-rank adapters")
+
+
+def _check_kind(delta: SparseDelta, writer: Bridge) -> None:
+    if delta.adapter is None and writer.holds == "adapters":
+        raise ConfigError(
+            f"{writer.name} holds adapters and the delta holds entries of the base's weights, which "
+            "PEFT has as peft-shira or peft-supertuning"
+        )
+    if delta.adapter is not None and writer.holds == "weights":
+        raise ConfigError(
+            f"{writer.name} holds entries of the base's weights and the delta is one of an adapter "
+            f"({delta.adapter.kind}); --to peft-adapter writes it, deltakit merge folds it"
+        )
 
 
 def _check_output(source: Path, target: Path, force: bool) -> None:
@@ -163,9 +184,7 @@ def _with_identity(reading: Reading, base: Checkpoint | None, reader: Bridge) ->
     delta = reading.delta
     named = delta.base or BaseIdentity()
     if base is not None and not named.tensors:
-        touched = {name: tensor.indices for name, tensor in delta.tensors.items()}
-        trained = {name: tensor.trained_dtype for name, tensor in delta.tensors.items()}
-        known = identify(base, touched, trained)
+        known = _identity(delta, base)
         model_id, revision = known.model_id or named.model_id, known.revision or named.revision
         delta = replace(delta, base=replace(known, model_id=model_id, revision=revision))
     elif delta.base == BaseIdentity():
@@ -179,6 +198,15 @@ def _with_identity(reading: Reading, base: Checkpoint | None, reader: Bridge) ->
         step["notes"] = list(reading.notes)
     lineage = [*delta.provenance.get("lineage", []), step]
     return replace(delta, provenance={**delta.provenance, "lineage": lineage})
+
+
+def _identity(delta: SparseDelta, base: Checkpoint) -> BaseIdentity:
+    if delta.adapter is not None:
+        modules = {delta.adapter.split(name)[0] for name in delta.tensors}
+        return identify(base, {f"{module}.weight": None for module in modules})
+    touched = {name: tensor.indices for name, tensor in delta.tensors.items()}
+    trained = {name: tensor.trained_dtype for name, tensor in delta.tensors.items()}
+    return identify(base, touched, trained)
 
 
 def _in_mode(delta: SparseDelta, writer: Bridge, base: Checkpoint | None) -> SparseDelta:

@@ -155,7 +155,7 @@ def test_a_budget_is_needed(
 ) -> None:
     base, adapter, _ = save(CASES["linear"], tmp_path)
     with pytest.raises(error, match=message):
-        dk.convert(adapter, tmp_path / "d.sdelta", base=base, **asked)
+        dk.convert(adapter, tmp_path / "d.sdelta", base=base, form="weights", **asked)
 
 
 SETTINGS = {

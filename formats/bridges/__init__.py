@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 
 from deltakit.errors import FormatError, MissingFileError
+from deltakit.formats.bridges import adapter_modules as adapter_modules
 from deltakit.formats.bridges import coo_safetensors as coo_safetensors
 from deltakit.formats.bridges import id3_toolkit as id3_toolkit
 from deltakit.formats.bridges import lt_sft as lt_sft
 from deltakit.formats.bridges import peft_lora as peft_lora
+from deltakit.formats.bridges import peft_modules as peft_modules
 from deltakit.formats.bridges import peft_shira as peft_shira
 from deltakit.formats.bridges import peft_supertuning as peft_supertuning
 from deltakit.formats.bridges import random_masking as random_masking

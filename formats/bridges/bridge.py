@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from deltakit.delta import Mode, SparseDelta
 from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.registry import Registry
+
+Form = Literal["adapter", "weights"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +21,7 @@ class Options:
 
     budget: entries to keep of a dense change, a count or a share of the base ("100k", "0.1%").
     density: the same as a share of the changed tensors' weights, above 0 to 1.
+    form: what a low-rank adapter becomes, an adapter's tensors or entries of the base's weights.
     mode: what values are, differences or new weights, where a file does not say.
     prefix: what the live model has before the checkpoint's names, for formats of live names.
     lossy: leave out what cannot be converted, with a note, where it would be refused.
@@ -26,6 +29,7 @@ class Options:
 
     budget: int | str | None = None
     density: float | None = None
+    form: Form | None = None
     mode: Mode | None = None
     prefix: str = ""
     lossy: bool = False
@@ -57,11 +61,13 @@ class Bridge:
     """One foreign format. A bridge that only reads leaves `write` as it is, and the other way.
 
     writes: the mode in which `write` takes every tensor, None for any; the delta is brought into
-    it beforehand, which needs the base. sparsifies: whether `read` takes a budget or a density.
+    it beforehand, which needs the base. holds: what deltas `write` takes, of the base's weights, of
+    adapters, or both. sparsifies: whether `read` takes a budget or a density.
     """
 
     name: ClassVar[str] = ""  # as registered
     writes: ClassVar[Mode | None] = None
+    holds: ClassVar[Literal["weights", "adapters", "both"]] = "weights"
     sparsifies: ClassVar[bool] = False
 
     def recognise(self, path: Path) -> str | None:

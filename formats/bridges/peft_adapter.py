@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"  # of PEFT before 0.7, and of its forks
 PREFIX = "base_model.model."  # before the live name, in every key
 MAX_CONFIG = 10_000_000  # bytes
+
+# A key without PREFIX -> the module and the rest, for tensors of an adapter; None for the others.
+Split = Callable[[str], tuple[str, str] | None]
 
 
 @dataclass(frozen=True)
@@ -84,25 +87,36 @@ def is_adapter(path: Path, peft_type: str, marks: Iterable[str], what: str) -> s
 def open_adapter(path: Path, marks: Iterable[str]) -> Adapter:
     """The adapter at `path`, its tensors told apart: those whose keys end in one of `marks`, the
     rest as saved whole. Raises FormatError and MissingFileError."""
+    endings = tuple(marks)
+
+    def split(live: str) -> tuple[str, str] | None:
+        mark = next((m for m in endings if live.endswith(f".{m}")), None)
+        return None if mark is None else (live[: -len(mark) - 1], mark)
+
+    return split_adapter(path, split, " or ".join(endings))
+
+
+def split_adapter(path: Path, split: Split, what: str) -> Adapter:
+    """The adapter at `path`, its tensors told apart by `split`; one without any of `what` is
+    refused. Raises FormatError and MissingFileError."""
     folder = path if path.is_dir() else path.parent
     config = adapter_config(path)
     if config is None:
         raise FormatError(f"{folder} holds no readable {CONFIG}")
     pickled = _is_pickled(folder)
     file = StateDict(folder / PICKLED) if pickled else SafetensorsFile(folder / WEIGHTS)
-    endings = tuple(marks)
     modules: dict[str, dict[str, str]] = {}
     saved = {}
     for key in file.tensors:
         live = key.removeprefix(PREFIX)
-        mark = next((m for m in endings if live.endswith(f".{m}")), None)
-        if mark is None:
+        parts = split(live)
+        if parts is None:
             if ".original_module." not in live:  # a head before training, saved with all biases
                 saved[_unwrapped(live)] = key
         else:
-            modules.setdefault(live[: -len(mark) - 1], {})[mark] = key
+            modules.setdefault(parts[0], {})[parts[1]] = key
     if not modules:
-        raise FormatError(f"{file.path} holds no {' or '.join(endings)}")
+        raise FormatError(f"{file.path} holds no {what}")
     return Adapter(folder, config, file, modules, saved)
 
 

@@ -1,4 +1,4 @@
-"""PEFT's LoRA adapters, read as sparse deltas: the largest entries of scaling * B @ A."""
+"""PEFT's LoRA adapters, read as adapters, or as weights: the largest entries of scaling * B @ A."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import numpy as np
 
 from deltakit.delta import SparseDelta
 from deltakit.dtypes import Array
-from deltakit.errors import FormatError
+from deltakit.errors import ConfigError, FormatError
 from deltakit.formats.bridges.bridge import BRIDGES, Bridge, Options, Reading
 from deltakit.formats.bridges.names import checkpoint_names
 from deltakit.formats.bridges.peft_adapter import Adapter, is_adapter, open_adapter, saved_whole
+from deltakit.formats.bridges.peft_reading import read_as_adapter
+from deltakit.formats.bridges.peft_settings import check_start
 from deltakit.formats.bridges.sparsify import DenseChange, entries_to_keep, sparsified
 from deltakit.formats.checkpoint import Checkpoint
 
@@ -26,7 +28,6 @@ _BIAS = "lora_B.bias"
 _DORA = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 _MARKS = (*_LINEAR, *_EMBEDDING, _BIAS, *_DORA)
 
-_WITHOUT_CHANGE_OF_BASE = (True, False, "gaussian", "eva", "orthogonal")
 _NOT_A_SUM = {  # settings under which the layer is not W + scaling * B @ A
     "use_dora": "DoRA scales the columns of the whole weight, so its change is not low-rank",
     "use_qalora": "QA-LoRA pools the inputs",
@@ -60,10 +61,11 @@ class _Factors:
         return product.T if self.transposed else product
 
 
-@BRIDGES.register("peft-lora", "PEFT's LoRA adapters, made sparse", "Hu et al., 2021; PEFT 0.17")
+@BRIDGES.register("peft-lora", "PEFT's LoRA adapters", "Hu et al., 2021; PEFT 0.21")
 class PeftLora(Bridge):
     """A folder with `<module>.lora_A.weight` [r, in] and `<module>.lora_B.weight` [out, r], of
-    linear layers, convolutions and (as lora_embedding_*) embeddings.
+    linear layers, convolutions and (as lora_embedding_*) embeddings; kept as an adapter, unless
+    `form` or a budget asks for weights.
 
     W becomes W + scaling * B @ A, scaling alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
     Of that change, computed tensor by tensor in float32, the largest entries over all tensors stay.
@@ -76,6 +78,14 @@ class PeftLora(Bridge):
         return is_adapter(path, "LORA", _MARKS, "PEFT LoRA adapter")
 
     def read(self, path: Path, *, base: Checkpoint | None, options: Options) -> Reading:
+        sparse = options.budget is not None or options.density is not None
+        if options.form != "weights" and not sparse:
+            return read_as_adapter(path, base)
+        if options.form == "adapter":
+            raise ConfigError(
+                "a budget or density is for the change of the weights (--as weights); convert the "
+                "adapter whole, then deltakit truncate the result"
+            )
         adapter = open_adapter(path, _MARKS)
         _check_settings(adapter)
         touched = [f"{module}.weight" for module in adapter.modules]
@@ -95,12 +105,7 @@ def _check_settings(adapter: Adapter) -> None:
     for setting, reason in _NOT_A_SUM.items():
         if config.get(setting):
             raise FormatError(f"{adapter.folder}: {setting}: {reason}; it cannot be converted")
-    start = config.get("init_lora_weights", True)
-    if start not in _WITHOUT_CHANGE_OF_BASE:
-        raise FormatError(
-            f"{adapter.folder}: init_lora_weights {start!r} changes the base before training; save "
-            "the adapter with path_initial_model_for_weight_conversion, then convert it"
-        )
+    check_start(config, adapter.folder)
     dora = [module for module, keys in adapter.modules.items() if set(keys) & set(_DORA)]
     if dora:
         raise FormatError(f"module {dora[0]!r}: {_NOT_A_SUM['use_dora']}; it cannot be converted")

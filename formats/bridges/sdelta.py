@@ -16,6 +16,7 @@ class Sdelta(Bridge):
     """`.sdelta` files, which hold everything that a delta is."""
 
     name = "sdelta"
+    holds = "both"
 
     def recognise(self, path: Path) -> str | None:
         try:
