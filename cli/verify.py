@@ -10,22 +10,30 @@ from deltakit.cli.options import SOURCE, Source, json_option, note, print_json, 
 @click.command()
 @click.argument("delta", type=SOURCE)
 @click.option("--base", type=SOURCE, help="A checkpoint that must be the delta's base.")
+@click.option(
+    "--recorded-base",
+    is_flag=True,
+    help="The base is the repository and commit that the delta records.",
+)
 @json_option
-def command(delta: Source, base: Source | None, as_json: bool) -> None:
+def command(delta: Source, base: Source | None, recorded_base: bool, as_json: bool) -> None:
     """Check a delta's bytes, and its base if given.
 
-    Reads the whole file against its digests and the rules of the format. With --base, names,
-    shapes, dtypes and base values are compared as merging would. Exits with 1 when anything is
-    wrong.
+    Reads the whole file against its digests and the rules of the format. With --base, or with
+    --recorded-base, which downloads it unless the cache has it, names, shapes, dtypes and base values
+    are compared as merging would. Exits with 1 when anything is wrong.
 
     \b
     Examples:
       deltakit verify delta.sdelta
       deltakit verify delta.sdelta --base model/
+      deltakit verify hf://owner/delta --recorded-base
     """
+    if base is not None and recorded_base:
+        raise click.UsageError("--base and --recorded-base name two bases; give one")
     from deltakit.verification import verify
 
-    found = verify(delta, base)
+    found = verify(delta, base, recorded_base=recorded_base)
     if as_json:
         print_json({"path": delta, **found.as_dict()})
     else:
@@ -38,7 +46,7 @@ def command(delta: Source, base: Source | None, as_json: bool) -> None:
     if not found.ok:
         click.get_current_context().exit(1)
     if not as_json:
-        fits = "" if base is None else f", and {base} is its base"
+        fits = "" if found.base is None else f", and {base or found.base} is its base"
         click.echo(
             f"{delta}: sound{fits}; {found.entries:,} entries, sparse tensors: {found.tensors:,}, "
             f"extras: {found.extras:,}"

@@ -13,8 +13,11 @@ from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.errors import DeltakitError, MissingFileError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import SdeltaFile, load
-from deltakit.hub.locate import local_delta
+from deltakit.hub.locate import label_of, local_delta
 from deltakit.identity import NO_BASE, check_base
+from deltakit.merging.hub_base import whole_recorded_base
+
+_COMMAND = "deltakit verify DELTA --base {base}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,13 +25,15 @@ class VerifyReport:
     """The outcome of `verify`.
 
     ok: whether nothing is wrong. tensors, extras, entries: how many were read and found sound.
-    problems: one line for each thing that is wrong. notes: what could not be checked.
+    base: the checkpoint that it was compared with, or None. problems: one line for each thing that
+    is wrong. notes: what could not be checked.
     """
 
     ok: bool
     tensors: int
     extras: int
     entries: int
+    base: str | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -37,15 +42,22 @@ class VerifyReport:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
-def verify(delta_path: str | Path, base: str | Path | Checkpoint | None = None) -> VerifyReport:
+def verify(
+    delta_path: str | Path,
+    base: str | Path | Checkpoint | None = None,
+    *,
+    recorded_base: bool = False,
+) -> VerifyReport:
     """Read all of a .sdelta file and check it, against its base too if that is given.
 
     Every stream is read and compared with its sha256, and every tensor is held against the rules of
     the data model; one tensor is in memory at a time. With a base, names, shapes, dtypes and the
-    digests of base values are compared. An adapter's initial values are made anew, all of them at a
-    time, and held against its check value; DoRA needs the base for that. What is wrong is reported, tensor by tensor, not raised;
-    only a delta file or a base that cannot be opened raises MissingFileError, a base that is no
-    checkpoint FormatError, and one that holds a part of a merge in place JournalError.
+    digests of base values are compared; recorded_base takes the repository and commit that the delta
+    records, from the cache or downloaded (see `deltakit.merging.recorded_base`). An adapter's initial values are made anew, all of them at a
+    time, and held against its check value; DoRA needs the base for that. What is wrong is reported,
+    tensor by tensor, not raised; only a delta file or a base that cannot be opened raises MissingFileError, a base that is no
+    checkpoint FormatError, and one that holds a part of a merge in place JournalError; a recorded one
+    that cannot be had raises HubError or ConfigError.
     """
     checkpoint = Checkpoint(base) if isinstance(base, (str, Path)) else base
     problems: list[str] = []
@@ -57,8 +69,11 @@ def verify(delta_path: str | Path, base: str | Path | Checkpoint | None = None) 
     except MissingFileError:
         raise
     except DeltakitError as error:
-        return _report(0, 0, 0, [str(error)], [])
+        return _report(0, 0, 0, None, [str(error)], [])
     with opened as file:
+        if recorded_base:
+            checkpoint, found = whole_recorded_base(label_of(delta_path), file.base, _COMMAND)
+            notes += found
         for name in file.tensors:
             try:
                 tensor = file.tensor(name)
@@ -83,7 +98,7 @@ def verify(delta_path: str | Path, base: str | Path | Checkpoint | None = None) 
             notes.append(NO_BASE)
         elif checkpoint is None:
             notes.append("no base given, so only the file itself was checked")
-    return _report(tensors, extras, entries, problems, notes)
+    return _report(tensors, extras, entries, checkpoint, problems, notes)
 
 
 def _against_base(
@@ -112,13 +127,19 @@ def _adapter(delta: SparseDelta, checkpoint: Checkpoint | None) -> tuple[list[st
 
 
 def _report(
-    tensors: int, extras: int, entries: int, problems: Sequence[str], notes: Sequence[str]
+    tensors: int,
+    extras: int,
+    entries: int,
+    base: Checkpoint | None,
+    problems: Sequence[str],
+    notes: Sequence[str],
 ) -> VerifyReport:
     return VerifyReport(
         ok=not problems,
         tensors=tensors,
         extras=extras,
         entries=entries,
+        base=None if base is None else str(base),
         problems=tuple(problems),
         notes=tuple(notes),
     )

@@ -487,3 +487,25 @@ def test_a_merge_that_is_killed_is_gone_on_with(
     dk.merge(base, "a.sdelta", "here")
     assert contents("out") == contents("here")
     assert cached() == []
+
+
+def test_verifying_against_the_recorded_base(
+    published: HubServer, delta: dk.SparseDelta, base: Path
+) -> None:
+    at = f"hf://org/base@{commit_of(published)}"
+    code, out, err = run("verify", _saved(delta), "--recorded-base")
+    assert (code, err) == (0, f"Note: the base is {at}, as a.sdelta records\n")
+    assert out.startswith(f"a.sdelta: sound, and {at} is its base; 60 entries")
+    published.add(
+        "org/base", {SHARDS[0]: (write_base(base.parent / "b", 9) / SHARDS[0]).read_bytes()}
+    )
+    moved = replace(delta, base=replace(delta.base, revision=commit_of(published)))
+    code, _, err = run("verify", _saved(moved), "--recorded-base")
+    assert code == 1
+    assert "tensor 'w0' has other values" in err
+    code, _, err = run("verify", _saved(delta_of(base, None, "base")), "--recorded-base")
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.endswith("no repository of the Hub); write: deltakit verify DELTA --base BASE\n")
+    code, _, err = run("verify", "a.sdelta", "--recorded-base", "--base", base)
+    assert code == 2
+    assert "give one" in err
