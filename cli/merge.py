@@ -91,7 +91,8 @@ def command(
     hf://owner/repo[@revision][/file]. Without BASE it is the repository and commit that DELTA
     records, in the cache or downloaded; --no-keep-base lets go of each weight file once it is merged.
     Arguments are told apart by content, so their order matters among deltas only. Every delta is
-    checked against BASE before anything appears at its place.
+    checked against BASE before anything appears at its place. Deltas of adapters (LoRA, AdaLoRA, DoRA,
+    (IA)3, LoHa, LoKr) are folded into the weights, into a new file only.
 
     \b
     Examples:

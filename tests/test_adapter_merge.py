@@ -363,7 +363,7 @@ def test_what_does_not_fold_is_refused_in_one_line(tmp_path: Path) -> None:
     plain = adapter_on(base, {"m": FACTORS})
     assert plain.adapter is not None
     for kind, config, parameters, why in [
-        ("pfeiffer", {}, FACTORS, "no change of a weight"),
+        ("pfeiffer", {}, FACTORS, "only those of kind lora, dora, "),
         ("lora", {**STRAIGHT, "alora_invocation_tokens": [1]}, FACTORS, "depends on the input"),
         ("lora", STRAIGHT, {**FACTORS, "ia3_l": (OUT, 1)}, "nothing is known of its parameter"),
         ("lora", STRAIGHT, {"lora_A.weight": (4, IN)}, "its parameters at 'm' are lora_A.weight"),

@@ -251,7 +251,9 @@ def _bias(site: Site, values: Array) -> str:
 def _refuse_others(site: Site, known: set[str]) -> None:
     others = sorted(site.values.keys() - known)
     if others:
-        raise cannot(site.kind, f"nothing is known of its parameter {others[0]!r} at {site.module!r}")
+        raise cannot(
+            site.kind, f"nothing is known of its parameter {others[0]!r} at {site.module!r}"
+        )
     if site.config.get("alora_invocation_tokens") or site.config.get("use_qalora"):
         raise cannot(site.kind, "what it adds depends on the input")
 

@@ -86,7 +86,8 @@ def folding_adapter(delta: SparseDelta) -> Adapter:
     if adapter is None:
         raise DeltaError("the delta is one of base weights, not of an adapter")
     if not KINDS[adapter.kind].folds:
-        raise cannot(adapter.kind, "what it does is no change of a weight")
+        folding = ", ".join(record.name for record in KINDS if record.target.folds)
+        raise cannot(adapter.kind, f"only those of kind {folding} can")
     return adapter
 
 

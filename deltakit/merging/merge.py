@@ -38,8 +38,8 @@ class MergeReport:
 
     output: the path written. is_folder: whether it is a folder. base: its path, or its location at
     the very commit. base_id, base_revision: its repository and commit where they are known. deltas,
-    weights, method, dtype: as given. bytes: size of all output files. tensors: tensors with entries.
-    entries: entries that change (the union of the supports). extras: names of whole tensors written.
+    weights, method, dtype: as given. bytes: size of all output files. tensors: that are
+    changed. entries: entries that change (the union of the supports), those of adapters beside them. extras: names of whole tensors written.
     files: names of the files in the output. peak_memory: upper estimate in bytes.
     base_mismatch_allowed: whether other base values were let through. notes: what the user should
     know. survival: what is left of entries in quantised tensors (None where none was quantised again).
@@ -110,13 +110,18 @@ def merge(
     cache. Into a folder they come one at a time, each compared with what the deltas record and merged
     before the next, so that without keeping them the disk need not hold more than one of them.
 
+    Deltas of adapters of the LoRA family are folded: what an adapter adds to a weight is one term of
+    the sum, made window by window in float32 (see `deltakit.adapters.fold`), and every element that it
+    adds nothing to keeps its bits. They go together with deltas of weights, in order.
+
     requantize: merge onto tensors that bitsandbytes has quantised to 4 or 8 bits by quantising
     their blocks again, which is refused otherwise (see `deltakit.merging.quantized`); needs torch and
     bitsandbytes. What survives is in the report, also with dry_run.
 
     Every delta is checked before anything is written, and nothing partial is left behind. Raises
     BaseMismatchError for another base (unless allowed), CoordinateError for unknown tensors and
-    other shapes, DeltaError for deltas that contradict each other, OutputExistsError for an output
+    other shapes, DeltaError for deltas that contradict each other and adapters that do not fold (such
+    as bottlenecks), OutputExistsError for an output
     that exists (unless `force`) and OutputError where it cannot be written.
     """
     numbers = None if weights is None else [w for w in weights if not isinstance(w, Mapping)]

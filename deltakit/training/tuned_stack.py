@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from deltakit.adapters.refusal import MERGE, refuse_adapters
 from deltakit.combine.method import METHODS, make_method, option_names
 from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError, nearest
@@ -79,6 +80,7 @@ def tune_weights(
     far and stops. Raises what `stack`, `search_weights` and an evaluation raise.
     """
     inputs = read_inputs(deltas)
+    refuse_adapters([each.delta.adapter for each in inputs], "stacking", MERGE)
     check_search(len(inputs), evaluations, bounds, regularization)
     config = _config({**(settings or {}), "model": str(model), "data": str(data), "task": task})
     if "seed" in option_names(METHODS[method]):
