@@ -13,7 +13,7 @@ import torch
 from deltakit.adapters.places import Places
 from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.dtypes import Array, dtype, dtype_of
-from deltakit.errors import CoordinateError, nearest
+from deltakit.errors import ConfigError, CoordinateError, nearest
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.live.adapters import LiveAdapter
 from deltakit.live.arrays import dtype_name
@@ -78,7 +78,7 @@ class Locator:
             given.weight,
             beside(self._by_live_name(to_model(tensors, self.where, live)), live),
             self._by_live_name(to_model(extras, self.where, live)),
-            self._adapter(delta),
+            self._adapter(delta, live),
         )
         refuse_whole(found.extras, live)
         for name in found.names:
@@ -106,17 +106,26 @@ class Locator:
 
         return read_stored(name, at, self.where, read)
 
-    def _adapter(self, delta: SparseDelta) -> LiveAdapter | None:
-        if delta.adapter is None:
+    def _adapter(self, delta: SparseDelta, live: _Live) -> LiveAdapter | None:
+        adapter = delta.adapter
+        if adapter is None:
             return None
         places = Places(self.model, self.checkpoint)
-        stored = dict.fromkeys(delta.adapter.split(name)[0] for name in delta.tensors)
+        stored = dict.fromkeys(adapter.split(name)[0] for name in delta.tensors)
         modules = [places.live_module(module) for module in stored]
+        if any("stored" in rule for rule in adapter.initial.values()):
+            whole = [n for n in map(places.base_tensor, modules) if not self._codes(n, live)]
+            if whole:
+                raise ConfigError(
+                    f"adapter {adapter.kind!r} began with what quantising {whole[0]!r} loses, and the "
+                    "model holds that in full: quantise the model as in training, or merge the delta"
+                )
         return LiveAdapter(self.model, delta, modules, self.checkpoint)
 
     def _stood_at(self, delta: SparseDelta, live: _Live) -> SparseDelta:
         """A delta without entries of the base's tensors whose fingerprints an adapter delta holds."""
-        names = list(delta.base.tensors) if delta.base is not None else []
+        recorded = {} if delta.base is None else delta.base.tensors
+        names = [name for name in recorded if name not in delta.tensors]  # those are initial values
         self.check_names(names)
         tensors = {}
         for name in names:
