@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ import deltakit as dk
 from deltakit.errors import ConfigError, FormatError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.publishing.card import card_text
-from deltakit.publishing.card_previous import END, KEEP, KEPT
+from deltakit.publishing.card_previous import END, KEEP, KEPT, Previous, begin, taken_apart
 from deltakit.publishing.markdown import code, table
 
 MARKDOWN = MarkdownIt("commonmark").enable("table")
@@ -179,7 +180,9 @@ def test_a_delta_with_nothing_recorded(tmp_path: Path) -> None:
     assert "deltakit merge base hf://org/news/a.sdelta" in text
 
 
-@pytest.mark.parametrize("name", ["bert", "runs/deep/er", "C:\\bert", "../base", None])
+@pytest.mark.parametrize(
+    "name", ["bert", "runs/deep/er", "C:\\bert", "../base", "a@b/c", "a/b@c", None]
+)
 def test_a_base_that_is_not_on_the_hub(family: dict[str, Path], name: str | None) -> None:
     delta = dk.load(family["delta.sdelta"])
     assert delta.base is not None
@@ -262,7 +265,7 @@ def test_code_is_one_cell_that_shows_the_text(text: str) -> None:
 
 def test_what_people_wrote_is_kept(family: dict[str, Path]) -> None:
     first = card(family)
-    theirs = first.replace("---\n", "---\nlicense: mit  # of the base\nlanguage: no\n", 1)
+    theirs = first.replace("---\n", "---\n# ours\nlicense: mit  # of the base\nlanguage: no\n", 1)
     theirs = theirs.replace("- deltakit\n", "- deltakit\n- newspapers\n")
     theirs = theirs.replace(f"{KEEP}\n", f"{KEEP}\nUse it *well*.\n\n| a |\n")
     start = theirs.index("<!-- deltakit: begin")
@@ -273,11 +276,24 @@ def test_what_people_wrote_is_kept(family: dict[str, Path]) -> None:
     assert (data.license, data.base_model) == ("mit", "org/base")
     assert data.tags == ["deltakit", "sparse-fine-tuning", "newspapers"]
     assert data.eval_results
-    assert "license: mit  # of the base\nlanguage: no\n" in again
+    assert "\n# ours\nlicense: mit  # of the base\nlanguage: no\n" in again
     assert f"{KEEP}\nUse it *well*.\n\n| a |\n" in again
     assert "\n> before\n\n<!-- deltakit: begin" in again
     assert again.endswith(f"{END}\n\nafter\n")
     assert card(family, previous=theirs.replace("\n", "\r\n")) == card(family, previous=theirs)
+
+
+@given(st.tuples(*[st.text() for _ in range(4)]), st.lists(st.text(min_size=1), max_size=3))
+def test_any_text_is_kept(texts: tuple[str, ...], values: list[str]) -> None:
+    """To the letter, but for the line ends of Windows."""
+    before, kept, more, after = (text.replace("\r\n", "\n") for text in texts)
+    metadata = {f"key{n}": yaml.safe_dump({f"key{n}": v}) for n, v in enumerate(values)}
+    metadata = {key: text.replace("\r\n", "\n") for key, text in metadata.items()}
+    keep = f"{KEEP}\n{kept}\n{KEPT}\n"
+    section = f"{begin(['tags'])}\nours\n{keep}ours\n{KEEP}\n{more}\n{KEPT}\n{END}\n"
+    front = f"---\ntags: [a]\n{''.join(metadata.values())}---\n"
+    found = taken_apart(f"{front}{before}\n{section}{after}")
+    assert found == Previous(f"{before}\n", f"{kept}\n{more}\n", after, metadata, ("a",))
 
 
 def test_a_card_of_others_is_kept_whole(family: dict[str, Path]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,11 +10,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from deltakit.errors import ConfigError
 from deltakit.hub.location import Location
 from deltakit.inspection import Inspection, inspect
 
 _BLOCK = 2**20  # bytes hashed at a time
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +60,9 @@ class Facts:
     def base_on_hub(self) -> Location | None:
         """Where the base is on the Hub, at the revision recorded; None where that is not known."""
         base = self.main.found.header.base
-        if base is None or base.model_id is None or not is_hub_id(base.model_id):
+        if base is None or base.model_id is None:
             return None
-        return Location(base.model_id, base.revision)
+        return _location(base.model_id, base.revision)
 
     @property
     def dataset(self) -> str | None:
@@ -99,7 +98,16 @@ def facts_of(
 
 def is_hub_id(text: object) -> bool:
     """Whether a text has the form owner/name, which local files are not recorded by."""
-    return isinstance(text, str) and _HUB_ID.fullmatch(text) is not None
+    return isinstance(text, str) and _location(text, None) is not None
+
+
+def _location(repo: str, revision: str | None) -> Location | None:
+    """The whole of a repository, or None for names that cannot be one's."""
+    meant = Location(repo, revision)
+    try:
+        return meant if Location.parse(str(meant)) == meant else None
+    except ConfigError:
+        return None
 
 
 def mapping(value: object) -> Mapping[str, Any]:

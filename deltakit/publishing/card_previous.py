@@ -19,6 +19,7 @@ END = "<!-- deltakit: end -->"
 KEEP = "<!-- deltakit: keep -->"
 KEPT = "<!-- deltakit: kept -->"
 _BEGIN = re.compile(r"<!-- deltakit: begin\b(?:.*; metadata: (?P<keys>[\w, -]*))?.*-->")
+_YAML_LINES = re.compile(r"(?<=[\n\r\x85\u2028\u2029])")  # as PyYAML counts them
 _WHERE = "README.md of the repository"
 _MEND = "mend README.md there, or delete it, and push again"
 
@@ -76,7 +77,7 @@ def _parts(body: str) -> tuple[dict[str, str], set[str]]:
     parts = dict.fromkeys(("before", "section", "keep", "after"), "")
     keys: set[str] = set()
     where = "before"
-    for line in body.splitlines(keepends=True):
+    for line in re.split(r"(?<=\n)", body):
         mark = line.strip()
         begun = _BEGIN.fullmatch(mark)
         if begun and where == "before":
@@ -109,13 +110,20 @@ def _metadata(text: str) -> tuple[dict[str, str], tuple[str, ...]]:
         return {}, ()
     if not isinstance(root, yaml.MappingNode) or root.flow_style:
         raise ConfigError(f"{_WHERE}: its metadata is no list of keys; {_MEND}")
-    lines = text.splitlines(keepends=True)
-    starts = [key.start_mark.line for key, _ in root.value]
+    lines = _YAML_LINES.split(text)
+    starts = [_above(key.start_mark.line, lines) for key, _ in root.value]
     found: dict[str, str] = {}
     for (key, _), start, stop in zip(root.value, starts, [*starts[1:], len(lines)], strict=True):
         block = "".join(lines[start:stop])
         found[str(key.value)] = block if block.endswith("\n") else block + "\n"
     return found, tuple(_tags(root))
+
+
+def _above(line: int, lines: list[str]) -> int:
+    """Where the comments begin that stand right above a line."""
+    while line and lines[line - 1].startswith("#"):
+        line -= 1
+    return line
 
 
 def _tags(root: yaml.MappingNode) -> Iterable[str]:
