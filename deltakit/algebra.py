@@ -148,7 +148,7 @@ def _derived(
 ) -> SparseDelta:
     """`delta` with other tensors, and the step from it at the end of its lineage."""
     if delta.adapter is not None:  # whose tensors are all there, with entries or without
-        empty = {name: tensor.take([]) for name, tensor in delta.tensors.items()}
+        empty = {name: tensor.take(np.empty(0, int)) for name, tensor in delta.tensors.items()}
         tensors = {**empty, **tensors}
     lineage = [*delta.provenance.get("lineage", []), {**step, "from": delta.nnz}]
     return replace(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deltakit.adapters.fold_delta import changes_of_adapter
+from deltakit.adapters.fold_dora import Dora
 from deltakit.adapters.fold_products import Change, window
 from deltakit.delta import TensorDelta
 from deltakit.dtypes import Array, DType
@@ -92,13 +93,15 @@ def fold(
 
 def folding_memory(terms: Mapping[str, Sequence[Term]], elements: int, files: int) -> int:
     """Upper estimate, in bytes, of what folding keeps in memory beside the base and the deltas: all
-    factors, trained and as they are multiplied, and windows of `elements` in as many files as are
-    written at a time.
+    factors, trained and as they are multiplied, windows of `elements` in as many files as are
+    written at a time, and one weight whose norms give DoRA's initial magnitudes.
     """
-    changes = [t.change for found in terms.values() for t in found if isinstance(t, Folding)]
-    if not changes:
+    foldings = [t for found in terms.values() for t in found if isinstance(t, Folding)]
+    if not foldings:
         return 0
+    changes = [folding.change for folding in foldings]
+    whole = max((f.info.nbytes for f in foldings if isinstance(f.change, Dora)), default=0)
     several = max(len(found) for found in terms.values())
     rows = elements + 2 * max(change.shape[1] for change in changes)  # begun and ended by a part
     window = rows * (_ELEMENT + _TERM * several)
-    return 2 * sum(change.held for change in changes) + window * min(files, _FILES)
+    return 2 * sum(change.held for change in changes) + window * min(files, _FILES) + whole

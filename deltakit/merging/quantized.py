@@ -145,7 +145,9 @@ def plain_part(delta: SparseDelta, quantized: Mapping[str, Quantized]) -> Sparse
 
 def _refuse_adapter(given: Input, base: Checkpoint) -> None:
     adapter = given.delta.adapter
-    for name in () if adapter is None else given.delta.tensors:
+    if adapter is None:
+        return
+    for name in given.delta.tensors:
         quantized = quantization(base, f"{adapter.split(name)[0]}.weight")
         if quantized is not None:
             raise BaseMismatchError(
