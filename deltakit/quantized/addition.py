@@ -50,10 +50,12 @@ class Addition:
             output = add_product(output, x, self.values, self._pattern)
         if self._tap is not None:
             tap, carrier, pattern = self._tap
-            return tap.apply(output, x, carrier, None, *pattern)  # type: ignore[no-any-return]
-        if self.whole is not None and self.whole.requires_grad:
-            return DenseTap.apply(output, x, self.whole, None)  # type: ignore[no-any-return]
-        return output
+        elif self.whole is not None and self.whole.requires_grad:
+            tap, carrier, pattern = DenseTap, self.whole, ()
+        else:
+            return output
+        # Autocast may have narrowed the output; products need both in one dtype.
+        return tap.apply(output, x.to(output.dtype), carrier, None, *pattern)  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies, pickled ones too, have the entries and are not in training."""

@@ -69,7 +69,8 @@ class _AddProduct(torch.autograd.Function):
         ctx.save_for_backward(*pattern)
         ctx.inputs = inputs.shape[-1], inputs.dtype
         values, starts, inner, rows, columns, *_ = pattern
-        total = _product(inputs, values, starts, inner, columns, rows, output.shape[-1])
+        with torch.autocast(inputs.device.type, enabled=False):  # it would narrow the product
+            total = _product(inputs, values, starts, inner, columns, rows, output.shape[-1])
         return total.add_(output).to(output.dtype)
 
     @staticmethod
@@ -79,7 +80,9 @@ class _AddProduct(torch.autograd.Function):
         back = None
         if ctx.needs_input_grad[1]:
             turned = values.index_select(0, order)
-            back = _product(gradient, turned, starts, inner, rows, columns, features).to(dtype)
+            with torch.autocast(gradient.device.type, enabled=False):
+                made = _product(gradient, turned, starts, inner, rows, columns, features)
+            back = made.to(dtype)
         return gradient, back, *[None] * 8
 
 

@@ -40,7 +40,7 @@ class Quantization:
 
     @classmethod
     def of(
-        cls, kind: str | None, double: bool | None, compute_dtype: str | None
+        cls, kind: str | None, *, double: bool | None, compute_dtype: str | None
     ) -> Quantization | None:
         """What settings say; None without a kind. Raises ConfigError for options of nothing."""
         if kind is not None:

@@ -95,7 +95,7 @@ class DensePhase:
 
 def initial_weights(scene: Scene) -> Weights:
     """A flat copy of every target; ConfigError where one is quantised."""
-    scene.refuse_codes("a dense phase")
+    scene.refuse_codes("a dense phase writes all weights of its targets")
     return {t.number: widened(t.parameter).clone() for t in scene.targets}
 
 

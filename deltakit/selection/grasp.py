@@ -51,6 +51,7 @@ class Grasp:
     def measure(self, scene: Scene, budget: int) -> Measurement:
         """Scores from two passes over the batches, or three with `difference`."""
         model, calibration = scene.calibrated("grasp")
+        scene.refuse_codes("grasp follows the gradient's own change with the weights")
         with measuring(scene, model, extras=self.difference is not None):
             # Extras stay fixed: the Hessian is that of the targets.
             sums = gradient_sums(scene, model, calibration, self.num_batches, self.seed)
@@ -81,7 +82,6 @@ class Grasp:
         sums: Sums,
         relative: float,
     ) -> Sums:
-        scene.refuse_codes("grasp with a difference")
         narrow = [t.name for t in scene.targets if t.parameter.dtype.itemsize < 4]
         if narrow:
             raise ConfigError(

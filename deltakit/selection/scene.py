@@ -107,13 +107,13 @@ class Scene:
             )
         return self.model, self.calibration
 
-    def refuse_codes(self, who: str) -> None:
-        """Raise ConfigError where `who`, which writes all weights, would meet quantised ones."""
+    def refuse_codes(self, what: str) -> None:
+        """Raise ConfigError where one of the targets is quantised; what: cannot be done with it."""
         for target in self.targets:
             if isinstance(target.parameter, StandIn):
                 raise ConfigError(
-                    f"{who} writes all weights of its targets, and {target.live_name!r} is "
-                    "quantised; leave such tensors out of target, or load the base unquantised"
+                    f"{what}, and {target.live_name!r} is quantised; leave such tensors out of "
+                    "target, or load the base unquantised"
                 )
 
 
@@ -129,7 +129,8 @@ def measuring(scene: Scene, model: torch.nn.Module, *, extras: bool = False) -> 
     wanted = {id(t.parameter) for t in scene.targets}
     wanted |= {id(p) for p in scene.extras} if extras else set()
     grads = [(p, p.requires_grad, p.grad) for p in parameters]
-    weights = [(p, p.detach().clone()) for p in parameters if id(p) in wanted] if extras else []
+    kept = [p for p in model.parameters() if extras and id(p) in wanted]
+    weights = [(p, p.detach().clone()) for p in kept]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     modes = [(m, m.training) for m in model.modules()]
     devices = [p.device for p in parameters[:1] if p.device.type == "cuda"]

@@ -409,7 +409,9 @@ class TrainConfig:
     @property
     def quantization(self) -> Quantization | None:
         """How the base is quantised, if it is."""
-        return Quantization.of(self.quantize, self.double_quantization, self.compute_dtype)
+        return Quantization.of(
+            self.quantize, double=self.double_quantization, compute_dtype=self.compute_dtype
+        )
 
     def method_settings(self) -> dict[str, Any]:
         """The settings that make the method, unset ones as None; the seed included."""

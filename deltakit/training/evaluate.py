@@ -95,7 +95,9 @@ class EvaluateConfig:
     @property
     def quantization(self) -> Quantization | None:
         """How the base is quantised, if it is."""
-        return Quantization.of(self.quantize, self.double_quantization, self.compute_dtype)
+        return Quantization.of(
+            self.quantize, double=self.double_quantization, compute_dtype=self.compute_dtype
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,7 @@ def _results(
             "reached": delta.nnz,
             "base_weights": base.total_weights,
         },
-        "quantization": config.quantization and config.quantization.as_dict(),
+        "quantization": delta.provenance.get("quantization"),
         "adapter": None if config.adapter is None else _adapter(config.adapter, subject),
         "extras": {"weights": delta.extra_weights, "names": list(delta.extras)},
         "analyses": found,

@@ -72,8 +72,8 @@ class DenseTap(Tap):
         (inputs,) = ctx.saved_tensors
         if not ctx.needs_input_grad[2]:
             return gradient, None, None, None
-        right = inputs.reshape(-1, inputs.shape[-1]).to(gradient.dtype)
-        return gradient, None, gradient.reshape(-1, gradient.shape[-1]).t() @ right, None
+        left, right = (t.reshape(-1, t.shape[-1]) for t in (gradient, inputs))
+        return gradient, None, left.t() @ right, None
 
 
 class EmbeddingTap(Tap):
