@@ -16,8 +16,8 @@ from deltakit.errors import FormatError
 from deltakit.formats import rewrite
 from deltakit.formats.rewrite import Copied, Part, Piece
 from deltakit.formats.safetensors_file import SafetensorsFile, TensorInfo
-from deltakit.merging.arithmetic import cast, merged_words, union_between
-from deltakit.merging.folding import Term
+from deltakit.merging.arithmetic import cast
+from deltakit.merging.folding import Term, merging
 from deltakit.merging.plan import WINDOW, Plan, extra_kind
 
 
@@ -153,17 +153,14 @@ def _changed(
         for start in range(0, info.numel, WINDOW):
             stop = min(start + WINDOW, info.numel)
             offset = info.offset + start * itemsize
-            contributions = [term.within(start, stop) for term in terms]
-            at = union_between(contributions, start, stop) if contributions else np.empty(0, int)
-            if not at.size and info.kind is kind is out:
+            merge = merging(terms, start, stop, kind)
+            if merge is None and info.kind is kind is out:
                 yield Copied(info.file, offset, (stop - start) * itemsize)
                 continue
             words = cast(_read(file, info, offset, buffer[: stop - start]), info.kind, kind)
-            place = at - start
-            before = words[place]
-            after = merged_words(before, at, contributions, kind)
-            count_overflows(info.name, before, after, kind, overflows)
-            words[place] = after
+            if merge is not None:
+                before, after = merge(words)
+                count_overflows(info.name, before, after, kind, overflows)
             yield cast(words, kind, out).view(np.uint8).data
 
 

@@ -11,11 +11,11 @@ from deltakit.adapters.fold_delta import changes_of_adapter
 from deltakit.adapters.fold_dora import Dora
 from deltakit.adapters.fold_products import Change, window
 from deltakit.delta import TensorDelta
-from deltakit.dtypes import Array, DType
+from deltakit.dtypes import Array, DType, add_exact
 from deltakit.errors import DeltaError, DeltakitError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_file import TensorInfo
-from deltakit.merging.arithmetic import Contribution, cast
+from deltakit.merging.arithmetic import Contribution, cast, merged_words, union_between
 from deltakit.merging.inputs import Input
 
 _FILES = 4  # that a merge writes at a time at most
@@ -34,9 +34,18 @@ class Folding:
     change: Change
     info: TensorInfo
 
+    def values(self, start: int, stop: int) -> Array:
+        """Its changes of the flat elements [start, stop), float32 [stop - start]; DeltaError where
+        one is not finite."""
+        with np.errstate(over="ignore", invalid="ignore"):  # refused here
+            values = window(self.change, start, stop)
+        if not np.isfinite(values).all():
+            raise DeltaError(f"tensor {self.info.name!r}: what the adapter adds is not finite")
+        return values
+
     def within(self, start: int, stop: int) -> Contribution:
-        """Its entries with flat indices in [start, stop). Raises DeltaError for infinite changes."""
-        values = window(self.change, start, stop)
+        """Its entries with flat indices in [start, stop)."""
+        values = self.values(start, stop)
         at = np.flatnonzero(values != 0)
         entries = TensorDelta(
             name=self.info.name,
@@ -50,6 +59,45 @@ class Folding:
 
 
 Term = Contribution | Folding
+# Changes the words of a window in place; returns those that it may have changed before and after.
+Merging = Callable[[Array], tuple[Array, Array]]
+
+
+def merging(terms: Sequence[Term], start: int, stop: int, kind: DType) -> Merging | None:
+    """What merges the terms into words of dtype `kind` of the flat elements [start, stop) of a
+    tensor, by the rule of `deltakit.merging.arithmetic`; None where no term has an entry."""
+    if terms and all(isinstance(term, Folding) for term in terms):
+        return _folding_alone([t for t in terms if isinstance(t, Folding)], start, stop, kind)
+    parts = [term.within(start, stop) for term in terms]
+    at = union_between(parts, start, stop) if parts else np.empty(0, int)
+    if not at.size:
+        return None
+
+    def merge(words: Array) -> tuple[Array, Array]:
+        place = at - start
+        before = words[place]
+        after = merged_words(before, at, parts, kind)
+        words[place] = after
+        return before, after
+
+    return merge
+
+
+def _folding_alone(terms: Sequence[Folding], start: int, stop: int, kind: DType) -> Merging | None:
+    """The same without lists of entries, as adapters change nearly all elements of a tensor."""
+    weighted = [(term.weight, term.values(start, stop)) for term in terms]
+    moved = np.logical_or.reduce([values != 0 for _, values in weighted])
+    if not moved.any():
+        return None
+
+    def merge(words: Array) -> tuple[Array, Array]:
+        before = words.copy()
+        with np.errstate(over="ignore", invalid="ignore"):  # too large becomes inf, as in torch
+            after = add_exact(words.view(kind.numpy), weighted).view(kind.words)
+        np.copyto(words, after, where=moved)
+        return before, words
+
+    return merge
 
 
 def fold(
