@@ -18,24 +18,30 @@ from pathlib import Path
 
 LORA_2 = 6 * 2 * 2 * (384 + 384)  # weights: layers x (query, value) x rank x (in + out)
 NARROW = 6 * (2 * 384 * 12 + 12 + 384)  # of Pfeiffer adapters 12 wide
-LORA, PFEIFFER = ["--adapter", "lora"], ["--adapter", "pfeiffer"]
 DENSE = ["--budget", "100%"]
-WIDE = [*PFEIFFER, "--adapter-options", "reduction_factor=2"]
+LORA_SIZE, NARROW_SIZE = ["--budget", str(LORA_2)], ["--budget", str(NARROW)]
+
+
+def lora(rank: int) -> list[str]:
+    """Queries and values, with the usual alpha of twice the rank."""
+    return ["--adapter", "lora", "--rank", str(rank), "--adapter-options", f"alpha={2 * rank}"]
+
+
+def pfeiffer(reduction: int) -> list[str]:
+    """After every feed-forward block, `384 / reduction` wide."""
+    return ["--adapter", "pfeiffer", "--adapter-options", f"reduction_factor={reduction}"]
+
 
 # row -> (method or preset of fidelity.py, learning rate, flags)
 ROWS: dict[str, tuple[str, float, list[str]]] = {
-    "lora r2": ("random", 2e-3, [*LORA, "--rank", "2", *DENSE]),
-    "lora r32": ("random", 2e-3, [*LORA, "--rank", "32", *DENSE]),
-    "lora r32, id3": ("id3", 5e-3, [*LORA, "--rank", "32", "--budget", str(LORA_2)]),
-    "lora r32, random": ("random", 5e-3, [*LORA, "--rank", "32", "--budget", str(LORA_2)]),
-    "pfeiffer 12": (
-        "random",
-        2e-3,
-        [*PFEIFFER, "--adapter-options", "reduction_factor=32", *DENSE],
-    ),
-    "pfeiffer 192": ("random", 2e-3, [*WIDE, *DENSE]),
-    "pfeiffer 192, id3": ("id3", 5e-3, [*WIDE, "--budget", str(NARROW)]),
-    "pfeiffer 192, sparse-adapter": ("sparse-adapter", 5e-3, [*WIDE, "--budget", str(NARROW)]),
+    "lora r2": ("random", 5e-3, [*lora(2), *DENSE]),
+    "lora r32": ("random", 5e-3, [*lora(32), *DENSE]),
+    "lora r32 by id3": ("id3", 1e-2, [*lora(32), *LORA_SIZE]),
+    "lora r32 by a random mask": ("random", 1e-2, [*lora(32), *LORA_SIZE]),
+    "pfeiffer 12": ("random", 3e-3, [*pfeiffer(32), *DENSE]),
+    "pfeiffer 192": ("random", 3e-3, [*pfeiffer(2), *DENSE]),
+    "pfeiffer 192 by id3": ("id3", 1e-2, [*pfeiffer(2), *NARROW_SIZE]),
+    "pfeiffer 192 by sparse-adapter": ("sparse-adapter", 1e-2, [*pfeiffer(2), *NARROW_SIZE]),
 }
 
 
@@ -44,10 +50,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--threads", default="1")
-    parser.add_argument("--rows", default=",".join(ROWS).replace(", ", "; "))
+    parser.add_argument("--rows", default=",".join(ROWS))
     options = parser.parse_args()
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    names = [name.replace("; ", ", ") for name in options.rows.split(",")]
+    names = options.rows.split(",")
     script = Path(__file__).with_name("fidelity.py")
     for seed in seeds:
         for name in names:
