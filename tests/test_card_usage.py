@@ -132,3 +132,22 @@ def test_a_delta_trained_in_another_dtype(
     assert 'dtype="bfloat16"' in card
     names = run_all(card, hub, elsewhere, monkeypatch)
     assert names == ["inspect", "pull", "merge", "truncate", "stack"]
+
+
+def test_a_delta_of_an_adapter(
+    hub: HubServer,
+    bert: Path,
+    colours: Path,
+    tmp_path: Path,
+    elsewhere: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is named as one, and what is not defined for adapters is not offered."""
+    hub.add("org/bert", {path.name: path.read_bytes() for path in bert.iterdir()})
+    flags = {"epochs": 1, "adapter": "lora"}
+    done = deltakit("train", *train_flags("hf://org/bert", colours, tmp_path / "run", **flags))
+    assert done.exit_code == 0, done.output
+    card = publish(hub, tmp_path / "run" / "delta.sdelta")
+    assert "A sparse delta of `lora` adapters to `org/bert`" in card
+    names = run_all(card, hub, elsewhere, monkeypatch)
+    assert names == ["inspect", "pull", "merge", "truncate"]
