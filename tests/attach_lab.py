@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ Inputs = dict[str, torch.Tensor]
 TOKENS = torch.tensor([[5, 6, 7, 8], [9, 5, 10, 6]])
 
 
+_LOADED: dict[str, Any] = {}  # architecture -> its model; checkpoints of one are all alike
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture: writes its checkpoint, loads it, and gives it something to read."""
@@ -41,8 +45,12 @@ class Family:
         """The model in evaluation mode, with its checkpoint written to a folder first."""
         if not any(folder.glob("*.safetensors")):
             self.write(folder)
-        torch.manual_seed(7)  # of a head that the checkpoint lacks
-        return self.kind.from_pretrained(folder).eval(), self.inputs
+        if self.name not in _LOADED:
+            torch.manual_seed(7)  # of a head that the checkpoint lacks
+            _LOADED[self.name] = self.kind.from_pretrained(folder).eval()
+        model = copy.deepcopy(_LOADED[self.name])
+        model.name_or_path = str(folder)
+        return model, self.inputs
 
 
 def write_opt(folder: Path) -> Path:

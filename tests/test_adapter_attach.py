@@ -122,11 +122,12 @@ from test_adapter_attach import OPTIONS
 from deltakit.adapters.attach import attach
 from deltakit.formats.checkpoint import Checkpoint
 folder = Path(sys.argv[1])
+model, _ = BERT.load(folder)
 for kind, options in OPTIONS.items():
     torch.manual_seed(99)
-    model, _ = BERT.load(folder)
     found = attach(model, kind, options, seed=3, checkpoint=Checkpoint(folder))
     print("check", kind, found.adapter.check)
+    found.detach()
 """
 
 
@@ -185,6 +186,21 @@ def test_16_bit_bases_have_adapters_of_float32(kind: str, tmp_path: Path) -> Non
     attached.detach()
     reattach(model, delta)
     assert torch.equal(outputs(model, inputs), trained)
+
+
+def test_patterns_must_fit_the_names_of_the_model_and_of_its_checkpoint(tmp_path: Path) -> None:
+    """Merging knows the checkpoint's names alone."""
+    model, _ = BERT.load(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    end, whole = "layer.0.attention.self.query", "bert.encoder.layer.0.attention.self.query"
+    with pytest.raises(ConfigError, match=r"fits 'bert.*' alone, which the checkpoint calls 'enc"):
+        options = {"alpha_pattern": {whole: 2}}
+        attach(model, "lora", options, seed=0, checkpoint=checkpoint)
+    attached = attach(
+        model, "lora", {"rank_pattern": {end: 3}, "rank": 2}, seed=0, checkpoint=checkpoint
+    )
+    ranks = [len(p) for name, p in attached.parameters.items() if "lora_A" in name]
+    assert ranks == [3, 2, 2, 2]
 
 
 def test_what_cannot_be_attached_leaves_the_model_alone(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from deltakit.adapters.initial import (
     initial_values,
     with_entries,
 )
-from deltakit.adapters.places import Places
+from deltakit.adapters.places import Places, check_patterns
 from deltakit.adapters.standing import check_plain, enter
 from deltakit.delta import BaseIdentity, SparseDelta, in_tensor_order
 from deltakit.dtypes import Array, dtype
@@ -30,6 +30,7 @@ from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import identify
 from deltakit.live.arrays import dtype_name, to_numpy, to_torch
 from deltakit.live.coordinates import Coordinates, coordinates
+from deltakit.quantized.loftq import check_codes
 
 
 @dataclass(eq=False)
@@ -104,6 +105,7 @@ def attach(
     chosen = builder.choose(model, kind, places.names, target, exclude)
     config = builder.configure(model, kind, options, chosen)
     modules = {module: places.base_tensor(module) for module in chosen}
+    check_patterns(config, modules)
     injection = _inject(model, kind, config, chosen)
     with _undone_on_failure(injection):
         config = _frozen(kind, config, seed, injection, modules)
@@ -132,6 +134,7 @@ def reattach(
     places = Places(model, checkpoint)
     names = dict.fromkeys(adapter.split(name)[0] for name in delta.tensors)
     modules = {live: places.base_tensor(live) for live in map(places.live_module, names)}
+    check_codes(model, adapter, list(modules))
     initial = all_initial_values(delta, from_base(adapter, places.read))
     injection = _inject(model, adapter.kind, adapter.config, list(modules))
     with _undone_on_failure(injection):

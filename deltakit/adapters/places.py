@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 
 from deltakit.dtypes import Array
-from deltakit.errors import CoordinateError, nearest
+from deltakit.errors import ConfigError, CoordinateError, nearest
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.live.arrays import to_numpy
 from deltakit.live.coordinates import coordinates
@@ -66,6 +70,22 @@ class Places:
             words = self.checkpoint.words(info.name)
             return np.asarray(words.view(info.kind.numpy).reshape(info.shape))
         return to_numpy(self.model.get_parameter(self._live[name]))
+
+
+def check_patterns(config: Mapping[str, Any], modules: Mapping[str, str]) -> None:
+    """Raise ConfigError for patterns of ranks and the like that fit a module's live name alone.
+
+    modules: live name -> the base's name of its weight, by which merging looks patterns up.
+    """
+    for member, patterns in config.items():
+        for pattern in patterns if member.endswith("_pattern") else ():
+            fits = re.compile(rf"(.*\.)?({pattern})$").match  # as peft has it
+            for live, tensor in modules.items():
+                if bool(fits(live)) != bool(fits(_owner(tensor))):
+                    raise ConfigError(
+                        f"{member} {pattern!r} fits {live!r} alone, which the checkpoint calls "
+                        f"{_owner(tensor)!r}; name the end that both have"
+                    )
 
 
 def _owner(name: str) -> str:
