@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from deltakit.adapters.attach import attach as attach
     from deltakit.algebra import add as add
     from deltakit.algebra import intersect as intersect
     from deltakit.algebra import restrict as restrict
@@ -100,6 +101,7 @@ _EXPORTS = {
     "add": "deltakit.algebra",
     "applied": "deltakit.live.apply",
     "apply": "deltakit.live.apply",
+    "attach": "deltakit.adapters.attach",
     "chain_position": "deltakit.patching.following",
     "compare": "deltakit.comparing.compare",
     "compose": "deltakit.patching.chain",
