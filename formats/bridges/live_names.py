@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,66 +38,78 @@ def rule_between(live: Mapping[str, str]) -> LiveNames:
 
 
 def live_names(
-    delta: SparseDelta, modules: Iterable[str], base: Checkpoint | None, prefix: str
-) -> LiveNames:
-    """The rule for the model that a delta was made for.
+    delta: SparseDelta, names: Sequence[str], base: Checkpoint | None, prefix: str
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Name in the checkpoint -> live name, for the model that a delta was made for; and a note
+    where nothing tells that model.
 
-    modules: names in the checkpoint. prefix: what the user says that the live names begin with, or
-    "". Otherwise it is what was found when the delta was read from an adapter, or follows from the
-    model's class, which the delta or its base records (BertForSequenceClassification calls what a
-    checkpoint of BertModel calls `encoder`, `bert.encoder`); without any of it names are equal.
+    names: of modules and of extras; a new head, which the base lacks, stands outside the model that
+    a prefix is about. prefix: what the user says that the live names begin with, or "". Otherwise
+    it is what was found when the delta was read from an adapter, or follows from the model's class,
+    which the delta or its base records (BertForSequenceClassification calls `bert.encoder` what
+    a checkpoint of BertModel calls `encoder`); without any of it names are equal. Raises ConfigError
+    where the base is needed to tell heads from other extras.
     """
-    if prefix:
-        return LiveNames(on=prefix)
+    rule = LiveNames(on=prefix) if prefix else _recorded(delta)
+    if rule is not None:
+        return _by_rule(rule, delta, names, base), ()
+    own = _architecture(delta.config)
+    known = own or _architecture((base.config() if base is not None else None) or {})
+    found = None if known is None or base is None else _of_class(known, base)
+    if own is not None and found is not None:
+        return {name: found.get(name, name) for name in names}, ()
+    called = "the base" if found is None else known
+    note = f"keys have the names of {called}; --prefix says what another model has before them"
+    return {name: (found or {}).get(name, name) for name in names}, (note,)
+
+
+def _recorded(delta: SparseDelta) -> LiveNames | None:
     told = delta.provenance.get("peft")
-    if isinstance(told, Mapping) and isinstance(told.get("names"), Mapping):
-        found = {key: told["names"].get(key, "") for key in ("off", "on")}
-        return LiveNames(**{key: text for key, text in found.items() if isinstance(text, str)})
-    named = delta.config.get("architectures") or _config(base).get("architectures")
-    known = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    return _of_class(known[0], modules if base is None else base.names) if known else LiveNames()
+    if not isinstance(told, Mapping) or not isinstance(told.get("names"), Mapping):
+        return None
+    found = {key: told["names"].get(key, "") for key in ("off", "on")}
+    return LiveNames(**{key: text for key, text in found.items() if isinstance(text, str)})
 
 
-def _config(base: Checkpoint | None) -> Mapping[str, Any]:
-    return {} if base is None else base.config() or {}
-
-
-def _of_class(architecture: str, stored: Iterable[str]) -> LiveNames:
-    """The rule of a class of transformers, with or without a head, for a checkpoint's names."""
-    try:
-        import transformers
-        from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-    except ImportError:
-        raise ConfigError(
-            f"what {architecture} calls the base's modules is known to transformers, which is not "
-            "installed; install it, or say what it has before their names (--prefix)"
-        ) from None
-    inner = getattr(getattr(transformers, architecture, None), "base_model_prefix", "")
-    if not inner:
-        return LiveNames()
-    begins = any(name.startswith(f"{inner}.") for name in stored)
-    bare = {
-        n
-        for names in MODEL_MAPPING_NAMES.values()
-        for n in ([names] if isinstance(names, str) else names)
-    }
-    if architecture in bare:
-        return LiveNames(off=f"{inner}." if begins else "")
-    return LiveNames(on="" if begins else f"{inner}.")
-
-
-def renamed_extras(
-    names: Iterable[str], rule: LiveNames, base: Checkpoint | None
+def _by_rule(
+    rule: LiveNames, delta: SparseDelta, names: Sequence[str], base: Checkpoint | None
 ) -> dict[str, str]:
-    """Name of an extra -> its live name: a new head stands outside the model that the rule is about.
-
-    Raises ConfigError where the base is needed to tell them apart.
-    """
-    extras = list(names)
+    extras = [name for name in names if name in delta.extras]
     if extras and rule != LiveNames() and base is None:
         raise ConfigError(
             f"extra {extras[0]!r} may be a new head or a part of the base, which the adapted model "
             "has under other names; give the base (--base)"
         )
-    inside = set() if base is None else set(base.tensors)
-    return {name: rule(name) if name in inside else name for name in extras}
+    heads = {name for name in extras if base is not None and name not in base.tensors}
+    return {name: name if name in heads else rule(name) for name in names}
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    named = config.get("architectures")
+    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+
+
+def _of_class(architecture: str, base: Checkpoint) -> dict[str, str] | None:
+    """Tensors and modules of a checkpoint -> what a class of transformers calls them, by such a
+    model without data; None for what is no such class or no checkpoint of it."""
+    if base.directory is None:
+        return None
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return None
+    from deltakit.live.coordinates import coordinates
+
+    made = getattr(transformers, architecture, None)
+    if not isinstance(made, type) or not issubclass(made, transformers.PreTrainedModel):
+        return None
+    try:
+        config = transformers.AutoConfig.from_pretrained(base.directory, local_files_only=True)
+        with torch.device("meta"):
+            where = coordinates(made(config), base, buffers=True)
+    except (OSError, ValueError):
+        return None
+    tensors = {stored: live for live, stored in where.names.items() if stored is not None}
+    modules = {s.rpartition(".")[0]: live.rpartition(".")[0] for s, live in tensors.items()}
+    return {**modules, **tensors}

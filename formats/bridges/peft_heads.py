@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from deltakit.dtypes import Array
@@ -35,7 +35,7 @@ def label_changes(
 
 
 def saved_keys(
-    extras: Mapping[str, str], adapted: Iterable[str]
+    extras: Mapping[str, str], adapted: Collection[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Extra -> the key that PEFT saves it under, and the modules that are saved (`modules_to_save`).
 
@@ -43,7 +43,6 @@ def saved_keys(
     own tensors PEFT keeps in a `base_layer`. A bias alone is saved without its module. Raises
     ConfigError for an extra that PEFT cannot save.
     """
-    standing = set(adapted)
     owners = {live.rpartition(".")[0] for live in extras.values() if not live.endswith(".bias")}
     keys, modules = {}, set()
     for name, live in extras.items():
@@ -51,7 +50,7 @@ def saved_keys(
         if not module or name.endswith(":]"):
             what = "outside of any module" if not module else "of rows that a tensor grows by"
             raise ConfigError(f"the delta has an extra {name!r} {what}, which PEFT cannot save")
-        if module in standing:
+        if module in adapted:
             keys[name] = f"{module}.base_layer.{last}"
             continue
         keys[name] = live

@@ -21,7 +21,7 @@ from deltakit.formats import strict_json
 from deltakit.formats.atomic_folder import replacing_folder
 from deltakit.formats.bridges import container
 from deltakit.formats.bridges.bridge import BRIDGES, Bridge, Options, Reading
-from deltakit.formats.bridges.live_names import live_names, renamed_extras
+from deltakit.formats.bridges.live_names import live_names
 from deltakit.formats.bridges.peft_adapter import (
     CONFIG,
     PICKLED,
@@ -69,46 +69,51 @@ class PeftAdapter(Bridge):
     ) -> tuple[str, ...]:
         adapter = delta.adapter
         assert adapter is not None  # by `holds`
-        record = KINDS[adapter.kind]
-        if not record.peft:
-            raise ConfigError(
-                f"adapter {adapter.kind!r} is none of PEFT's; --to adapter-modules writes it as "
-                "plain tensors"
-            )
-        if adapter.config.get("frozen"):
-            raise ConfigError(
-                f"adapter {adapter.kind!r} holds values drawn from the delta's seed that PEFT would "
-                "draw otherwise; --to adapter-modules writes it as plain tensors"
-            )
+        _refuse_others(adapter)
         values, config = _values_and_config(delta, adapter, base)
         places = {name: adapter.split(name) for name in values}
         modules = sorted({module for module, _ in places.values()})
-        live = live_names(delta, modules, base, options.prefix)
         heads = {n: a for n, a in delta.extras.items() if not n.startswith(STORED)}
-        keys, saved = saved_keys(renamed_extras(heads, live, base), map(live, modules))
+        live, notes = live_names(delta, [*modules, *heads], base, options.prefix)
+        keys, saved = saved_keys({n: live[n] for n in heads}, {live[m] for m in modules})
         arrays = {f"{PREFIX}{keys[name]}": array for name, array in heads.items()}
         for name, (module, parameter) in places.items():
             end = _SAVED_AS.get(parameter, parameter)
-            arrays[f"{PREFIX}{live(module)}.{end}"] = values[name]
-        config = renamed(config, {module: live(module) for module in modules}, path)
-        known = delta.base or BaseIdentity()
+            arrays[f"{PREFIX}{live[module]}.{end}"] = values[name]
+        config = renamed(config, {module: live[module] for module in modules}, path)
         told = delta.provenance.get("peft")
         task = told.get("task_type") if isinstance(told, Mapping) else None
-        content = {
+        settings = {
             **config,
-            "peft_type": record.peft,
-            "base_model_name_or_path": known.model_id,
-            "revision": known.revision,
-            "inference_mode": True,
+            "peft_type": KINDS[adapter.kind].peft,
             "task_type": task,
-            "target_modules": _targets([live(module) for module in modules], config),
+            "target_modules": _targets([live[module] for module in modules], config),
             "modules_to_save": saved or None,
         }
         metadata = metadata_of(delta, label_changes(task, heads, base))
         with replacing_folder(path) as folder:
-            (folder / CONFIG).write_text(strict_json.dumps(content) + "\n", encoding="utf-8")
+            (folder / CONFIG).write_text(_rendered(settings, delta.base), encoding="utf-8")
             (folder / WEIGHTS).write_bytes(container.encode(arrays, metadata))
-        return _lost(delta)
+        return (*notes, *_lost(delta))
+
+
+def _refuse_others(adapter: Adapter) -> None:
+    """Raise ConfigError for an adapter that PEFT has not, or would build otherwise."""
+    if not KINDS[adapter.kind].peft:
+        why = "is none of PEFT's"
+    elif adapter.config.get("frozen"):
+        why = "holds values drawn from the delta's seed, which PEFT would draw otherwise"
+    else:
+        return
+    raise ConfigError(
+        f"adapter {adapter.kind!r} {why}; --to adapter-modules writes it as plain tensors"
+    )
+
+
+def _rendered(settings: Mapping[str, Any], base: BaseIdentity | None) -> str:
+    known = base or BaseIdentity()
+    named = {"base_model_name_or_path": known.model_id, "revision": known.revision}
+    return strict_json.dumps({**settings, **named, "inference_mode": True}) + "\n"
 
 
 def _targets(modules: list[str], config: Mapping[str, Any]) -> list[str] | str:

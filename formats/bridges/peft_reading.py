@@ -135,9 +135,9 @@ def _check_shapes(
 def _provenance(settings: Mapping[str, Any], live: Mapping[str, str]) -> dict[str, Any]:
     """What is needed to write the adapter for PEFT again."""
     found: dict[str, Any] = {}
+    rule = rule_between(live)
+    if all(rule(stored) == name for name, stored in live.items()):
+        found["names"] = rule.as_dict()
     if isinstance(settings.get("task_type"), str):
         found["task_type"] = settings["task_type"]
-    names = rule_between(live).as_dict()
-    if names:
-        found["names"] = names
-    return {"peft": found} if found else {}
+    return {"peft": found}

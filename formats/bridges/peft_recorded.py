@@ -33,7 +33,9 @@ def metadata_of(delta: SparseDelta, usual: Mapping[str, Any]) -> dict[str, str]:
     initial values are constant and config changes as a reader expects (`usual`)."""
     adapter = delta.adapter
     found = {"format": "pt"}
-    if adapter is not None and not all("constant" in rule for rule in adapter.initial.values()):
+    rules = [] if adapter is None else adapter.initial.values()
+    how = {how for rule in rules for how in rule}
+    if adapter is not None and how & {"uniform", "computed"} and "stored" not in how:
         found[_ADAPTER] = strict_json.dumps(initial_of(adapter))
     if delta.config != usual:
         found[_CONFIG] = strict_json.dumps(dict(delta.config))
