@@ -78,7 +78,9 @@ def _sections(found: Comparison, by: str | None) -> list[str]:
     for number, delta in enumerate(found.deltas, 1):
         listed.append([str(number), delta.label, f"{delta.entries:,}", str(delta.tensors)])
     pairs = [["pair", *_HEADS, "base"]]
-    pairs += [[_name(pair), *_cells(pair.total), pair.base.verdict] for pair in found.pairs]
+    for pair in found.pairs:
+        cells = ["-"] * len(_HEADS) if pair.apart else _cells(pair.total)
+        pairs.append([_name(pair), *cells, pair.base.verdict])
     sections = [table(listed, right=(0, 2, 3)), table(pairs, right=range(1, 9))]
     if by is not None:
         sections += [_parts(pair, by) for pair in found.pairs if pair.tensors]

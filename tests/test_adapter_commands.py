@@ -136,13 +136,14 @@ def works_compare(lab: Lab) -> None:
 
 
 def works_inspect(lab: Lab) -> None:
-    told = dk.inspect(lab.file).as_dict()
+    found = dk.inspect(lab.file)
+    told = found.as_dict()
     assert (told["format_version"], told["entries"]) == (2, lab.delta.nnz)
     adapter = told["adapter"]
     assert (adapter["kind"], adapter["seed"], adapter["modules"]) == ("lora", 3, ["m", "n"])
     assert adapter["weights"] == 192 and adapter["kept"] == lab.delta.nnz / 192
     assert list(adapter["stands_at"]) == ["m.weight", "n.weight"]
-    json.dumps(told)
+    assert json.loads(json.dumps(adapter)) == replace(found, remote=True).as_dict()["adapter"]
 
 
 def works_verify(lab: Lab) -> None:
@@ -278,7 +279,11 @@ COMMAND_TABLE: dict[str, list[tuple[list[str], int, str]]] = {
         (["base.safetensors", "a.sdelta"], 0, "merged"),
         (["base.safetensors", "a.sdelta", "b.sdelta", "--weights", "0.5,0.5"], 0, "merged"),
         (["base.safetensors", "a.sdelta", "--in-place"], 1, "leave out --in-place"),
-        (["base.safetensors", "a.sdelta", "b.sdelta", "--method", "ties", "-o", "t"], 1, "--weights W,..."),
+        (
+            ["base.safetensors", "a.sdelta", "b.sdelta", "--method", "ties", "-o", "t"],
+            1,
+            "--weights W,...",
+        ),
     ],
     "stack": [(["a.sdelta", "b.sdelta", "-o", "s.sdelta"], 1, "--weights W,...")],
     "compare": [(["a.sdelta", "b.sdelta"], 0, "not compared entry by entry")],
