@@ -10,14 +10,15 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
+from bitsandbytes.autograd._functions import matmul, matmul_4bit
+from bitsandbytes.nn import modules
 
 # Says at every single product that its inputs are cast to float16, as LLM.int8() does.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
-class Linear4bit(bnb.nn.Linear4bit):
+class Linear4bit(modules.Linear4bit):
     """y = dequantised(W) x + b, computed in `compute_dtype`; W's codes and b stay as they are."""
 
     source_cls: type
@@ -25,13 +26,13 @@ class Linear4bit(bnb.nn.Linear4bit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """inputs [..., in] of any floating dtype -> [..., out] of the same."""
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        made: torch.Tensor = bnb.matmul_4bit(
+        made: torch.Tensor = matmul_4bit(
             x.to(self.compute_dtype), self.weight, quant_state=self.weight.quant_state, bias=bias
         )
         return made.to(x.dtype)
 
 
-class Linear8bitLt(bnb.nn.Linear8bitLt):
+class Linear8bitLt(modules.Linear8bitLt):
     """y = W x + b as LLM.int8() computes it; on CPUs in training, dequantised(W) x + b."""
 
     source_cls: type
@@ -43,7 +44,7 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):
         if self.weight.CB is not None:
             self.init_8bit_state()
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        made: torch.Tensor = bnb.matmul(x, self.weight, bias=bias, state=self.state)
+        made: torch.Tensor = matmul(x, self.weight, bias=bias, state=self.state)
         return made
 
 
@@ -58,18 +59,19 @@ def quantised_linear(
     """A layer with the quantised weight [out, in], on its device, and the bias itself, [out]."""
     height, width = weight.shape
     layer: Any
+    codes: Any
     if kind == "int8":
         layer = Linear8bitLt(
             width, height, bias=False, has_fp16_weights=False, threshold=6.0, device="meta"
         )
         layer.source_dtype = weight.dtype
         # Quantised on the CPU whatever the device: the library asks for that.
-        codes = bnb.nn.Int8Params(weight.detach().cpu(), requires_grad=False)
+        codes = modules.Int8Params(weight.detach().cpu(), requires_grad=False)
     else:
         layer = Linear4bit(
             width, height, bias=False, compute_dtype=compute_dtype, quant_type=kind, device="meta"
         )
-        codes = bnb.nn.Params4bit(
+        codes = modules.Params4bit(
             weight.detach(), quant_type=kind, compress_statistics=double, module=layer
         )
     layer.weight = codes.to(weight.device)

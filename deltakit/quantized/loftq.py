@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deltakit.adapter import Adapter
 from deltakit.adapters.initial import STORED, check_value
 from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
@@ -63,6 +64,23 @@ def loftq(attached: Attached, base: Checkpoint) -> Attached:
     )
     started.reset()
     return started
+
+
+def check_codes(model: torch.nn.Module, adapter: Adapter, modules: Sequence[str]) -> None:
+    """Raise ConfigError where an adapter of stored initial values would meet full weights.
+
+    modules: live names. Those values make up for what quantising loses and would be added twice.
+    """
+    if not any("stored" in rule for rule in adapter.initial.values()):
+        return
+    layers = quantised_layers(model)
+    plain = next((module for module in modules if f"{module}.weight" not in layers), None)
+    if plain is not None:
+        raise ConfigError(
+            f"adapter {adapter.kind!r} started from what quantising its base lost, and {plain!r} is "
+            "not quantised here; quantise the model as the delta's provenance says, or merge it "
+            "into the full-precision base"
+        )
 
 
 def factors(lost: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,7 +57,8 @@ def add_product(
     p = pattern
     forward = (values, p.starts, p.inner, p.rows, p.columns)
     backward = (p.order, p.turned_starts, p.turned_inner)
-    total: torch.Tensor = _AddProduct.apply(output, inputs, *forward, *backward)
+    apply: Any = _AddProduct.apply
+    total: torch.Tensor = apply(output, inputs, *forward, *backward)
     return total
 
 
@@ -70,7 +71,9 @@ class _AddProduct(torch.autograd.Function):
         ctx.inputs = inputs.shape[-1], inputs.dtype
         values, starts, inner, rows, columns, *_ = pattern
         with torch.autocast(inputs.device.type, enabled=False):  # it would narrow the product
-            total = _product(inputs, values, starts, inner, columns, rows, output.shape[-1])
+            total: torch.Tensor = _product(
+                inputs, values, starts, inner, columns, rows, output.shape[-1]
+            )
         return total.add_(output).to(output.dtype)
 
     @staticmethod

@@ -113,8 +113,9 @@ class Subject:
         if config.adapter is None:
             return None
         from deltakit.adapters.attach import attach
+        from deltakit.quantized.loftq import loftq
 
-        return attach(
+        attached = attach(
             self.model,
             config.adapter,
             config.adapter_settings(),
@@ -123,6 +124,7 @@ class Subject:
             seed=config.seed if config.adapter_seed is None else config.adapter_seed,
             checkpoint=self.base,
         )
+        return loftq(attached, self.base) if config.loftq else attached
 
 
 def build_trainer(subject: Subject, plan: Plan, folder: RunFolder, *, quiet: bool) -> SparseTrainer:

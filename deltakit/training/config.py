@@ -284,6 +284,12 @@ class TrainConfig:
     adapter_seed: int | None = setting(
         None, whole(0), ADAPTER, "seed of the adapter's initial values; `seed` if unset"
     )
+    loftq: bool | None = setting(
+        None,
+        yes_or_no(),
+        ADAPTER,
+        "start lora at a quantised base from what quantising has lost (LoftQ)",
+    )
     masked: str = setting(
         "initial",
         one_of("initial", "zero"),
@@ -395,6 +401,8 @@ class TrainConfig:
             for name in ("rank", "adapter_options", "adapter_seed"):
                 if getattr(self, name):
                     raise ConfigError(f"setting {name} needs an adapter; give --adapter")
+        if self.loftq and (self.adapter != "lora" or self.quantize is None):
+            raise ConfigError("loftq starts lora at a quantised base; give --adapter lora and --quantize")
         if self.quantization is not None and self.hessian:
             raise ConfigError("hessian is measured on full-precision weights; leave out --quantize")
         accepted = self._accepted()
