@@ -24,7 +24,12 @@ HEAVY = ["accelerate", "datasets", "huggingface_hub", "matplotlib", "scipy", "sk
 HEAVY += ["transformers"]
 # Training and live models work on torch modules; everything else does without.
 TORCH = ("deltakit.selection", "deltakit.training", "deltakit.live")
-TORCH += ("deltakit.patching.states", "deltakit.patching.stream", "deltakit.patching.following")
+TORCH += (
+    "deltakit.adapters.attach",
+    "deltakit.patching.states",
+    "deltakit.patching.stream",
+    "deltakit.patching.following",
+)
 PLAIN = {name: module for name, module in deltakit._EXPORTS.items() if not module.startswith(TORCH)}
 
 
