@@ -72,7 +72,7 @@ def test_an_applied_adapter_computes_what_the_trained_one_did(kind: str, tmp_pat
     dk.save(delta, tmp_path / "a.sdelta")
     model, inputs = BERT.load(tmp_path)
     modules, base, plain = dict(model.named_modules()), weights(model), outputs(model, inputs)
-    model.get_parameter("classifier.bias").requires_grad_(requires_grad=False)
+    model.get_parameter("classifier.bias").requires_grad = False
     flags, owned = list(parameters_with_flags(model)), {id(p) for p in model.parameters()}
     for given in (delta, tmp_path / "a.sdelta"):
         handle = dk.apply(model, given)

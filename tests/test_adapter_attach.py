@@ -16,6 +16,7 @@ from attach_lab import (
     GPT2,
     LLAMA,
     T5,
+    VIT,
     Family,
     delta_of,
     outputs,
@@ -188,8 +189,8 @@ def test_16_bit_bases_have_adapters_of_float32(kind: str, tmp_path: Path) -> Non
     assert torch.equal(outputs(model, inputs), trained)
 
 
-def test_patterns_must_fit_the_names_of_the_model_and_of_its_checkpoint(tmp_path: Path) -> None:
-    """Merging knows the checkpoint's names alone."""
+def test_patterns_of_ranks_name_modules_as_the_checkpoint_does(tmp_path: Path) -> None:
+    """Merging knows no others."""
     model, _ = BERT.load(tmp_path)
     checkpoint = Checkpoint(tmp_path)
     end, whole = "layer.0.attention.self.query", "bert.encoder.layer.0.attention.self.query"
@@ -201,6 +202,11 @@ def test_patterns_must_fit_the_names_of_the_model_and_of_its_checkpoint(tmp_path
     )
     ranks = [len(p) for name, p in attached.parameters.items() if "lora_A" in name]
     assert ranks == [3, 2, 2, 2]
+    model, _ = VIT.load(tmp_path / "vit")  # the model calls it v_proj
+    checkpoint = Checkpoint(tmp_path / "vit")
+    attached = attach(model, "lora", {"rank_pattern": {"value": 3}}, seed=0, checkpoint=checkpoint)
+    ranks = [len(p) for name, p in attached.parameters.items() if "lora_A" in name]
+    assert ranks == [8, 3, 8, 3]
 
 
 def test_what_cannot_be_attached_leaves_the_model_alone(tmp_path: Path) -> None:

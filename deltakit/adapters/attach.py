@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from deltakit.adapter import Adapter
 from deltakit.adapters.building import FROZEN, Injection, Patterns, builder_of
 from deltakit.adapters.computed import from_base
-from deltakit.adapters.initial import (
-    STORED,
-    Computed,
-    all_initial_values,
-    check_value,
-    initial_values,
-    with_entries,
-)
-from deltakit.adapters.places import Places, check_patterns
+from deltakit.adapters.initial import STORED, all_initial_values, check_value, with_entries
+from deltakit.adapters.places import Places, for_live_names
 from deltakit.adapters.standing import check_plain, enter
-from deltakit.delta import BaseIdentity, SparseDelta, in_tensor_order
-from deltakit.dtypes import Array, dtype
-from deltakit.errors import BaseMismatchError, ConfigError, CoordinateError, DeltaError
+from deltakit.adapters.tensors import by_tensor_name, check_tensors, fill, initial_of, owner_of
+from deltakit.delta import BaseIdentity, SparseDelta
+from deltakit.dtypes import Array
+from deltakit.errors import BaseMismatchError, ConfigError, DeltaError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import identify
-from deltakit.live.arrays import dtype_name, to_numpy, to_torch
 from deltakit.live.coordinates import Coordinates, coordinates
 from deltakit.quantized.loftq import check_codes
 
@@ -59,7 +51,7 @@ class Attached:
 
     def reset(self) -> None:
         """Give the adapter its initial values back."""
-        _fill(self.parameters, self.initial)
+        fill(self.parameters, self.initial)
 
     def weigh(self, weight: float) -> None:
         """Let the adapter add `weight` times what it was trained to add to the weights.
@@ -105,15 +97,14 @@ def attach(
     chosen = builder.choose(model, kind, places.names, target, exclude)
     config = builder.configure(model, kind, options, chosen)
     modules = {module: places.base_tensor(module) for module in chosen}
-    check_patterns(config, modules)
-    injection = _inject(model, kind, config, chosen)
+    injection = _inject(model, kind, config, modules)
     with _undone_on_failure(injection):
         config = _frozen(kind, config, seed, injection, modules)
-        named = _by_tensor_name(injection, modules)
+        named = by_tensor_name(injection, modules)
         rules = builder.initial_rules(kind, config, injection)
         adapter = Adapter(kind=kind, config=config, seed=seed, initial=rules, check="0" * 16)
         computed = from_base(adapter, places.read)
-        values = {name: _initial(adapter, name, p, computed) for name, p in named.items()}
+        values = {name: initial_of(adapter, name, p, computed) for name, p in named.items()}
         adapter = replace(adapter, check=check_value(kind, config, values))
         _load(model, named, values)
         return _attached(adapter, named, values, places, modules, injection)
@@ -136,7 +127,7 @@ def reattach(
     modules = {live: places.base_tensor(live) for live in map(places.live_module, names)}
     check_codes(model, adapter, list(modules))
     initial = all_initial_values(delta, from_base(adapter, places.read))
-    injection = _inject(model, adapter.kind, adapter.config, list(modules))
+    injection = _inject(model, adapter.kind, adapter.config, modules)
     with _undone_on_failure(injection):
         drawn = _frozen(adapter.kind, adapter.config, adapter.seed, injection, modules)
         if drawn != adapter.config:
@@ -144,18 +135,19 @@ def reattach(
                 f"adapter {adapter.kind!r}: its seed and configuration draw other random values than "
                 "it was trained with (their check value differs); the file is damaged"
             )
-        named = _by_tensor_name(injection, modules)
-        _check_tensors(named, delta)
+        named = by_tensor_name(injection, modules)
+        check_tensors(named, delta)
         _load(model, named, with_entries(delta, initial))
         return _attached(adapter, named, initial, places, modules, injection)
 
 
 def _inject(
-    model: torch.nn.Module, kind: str, config: Mapping[str, Any], modules: Sequence[str]
+    model: torch.nn.Module, kind: str, config: Mapping[str, Any], modules: Mapping[str, str]
 ) -> Injection:
-    leave = enter(model, kind, modules)
+    live, places = for_live_names(config, modules), list(modules)
+    leave = enter(model, kind, places)
     try:
-        injection = builder_of(kind).inject(model, kind, config, modules)
+        injection = builder_of(kind).inject(model, kind, live, places)
     except BaseException:
         leave()
         raise
@@ -178,50 +170,8 @@ def _frozen(
     plain = {member: value for member, value in config.items() if member != FROZEN}
     if injection.freeze is None:
         return plain
-    drawn = injection.freeze(seed, {live: _owner(tensor) for live, tensor in modules.items()})
+    drawn = injection.freeze(seed, {live: owner_of(tensor) for live, tensor in modules.items()})
     return {**plain, FROZEN: check_value(kind, plain, drawn)}
-
-
-def _by_tensor_name(
-    injection: Injection, modules: Mapping[str, str]
-) -> dict[str, torch.nn.Parameter]:
-    """The adapter's tensors by the names that a delta gives them, in tensor order."""
-    return in_tensor_order(
-        {
-            f"{_owner(modules[live])}.{parameter}": tensor
-            for live, parameters in injection.parameters.items()
-            for parameter, tensor in parameters.items()
-        }
-    )
-
-
-def _initial(
-    adapter: Adapter, name: str, parameter: torch.nn.Parameter, computed: Computed
-) -> Array:
-    module, part = adapter.split(name)
-    ((how, value),) = (rule := adapter.initial[part]).items()
-    if how == "stored":  # what the builder put there
-        return to_numpy(parameter)
-    shape, kind = tuple(parameter.shape), dtype_name(parameter)
-    if how == "computed":
-        return np.asarray(computed(module, value, shape).astype(dtype(kind).numpy))
-    return initial_values(rule, name, shape, kind, adapter.seed)
-
-
-def _check_tensors(named: Mapping[str, torch.nn.Parameter], delta: SparseDelta) -> None:
-    """Raise CoordinateError unless the adapter in the model has the delta's tensors."""
-    for name in {**named, **delta.tensors}:
-        there = tuple(named[name].shape) if name in named else None
-        given = delta.tensors[name].shape if name in delta.tensors else None
-        if there != given:
-            raise CoordinateError(
-                f"adapter tensor {name!r} is {_shape(given)} in the delta and {_shape(there)} in the "
-                "model; was it made for another model or version of peft?"
-            )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else f"of shape {list(shape)}"
 
 
 def _load(
@@ -229,15 +179,9 @@ def _load(
 ) -> None:
     """Values into the adapter's parameters, which alone require gradients from now on."""
     model.requires_grad_(requires_grad=False)
-    _fill(named, values)
+    fill(named, values)
     for parameter in named.values():
-        parameter.requires_grad_(requires_grad=True)
-
-
-@torch.no_grad()
-def _fill(named: Mapping[str, torch.nn.Parameter], values: Mapping[str, Array]) -> None:
-    for name, parameter in named.items():
-        parameter.copy_(to_torch(values[name]))
+        parameter.requires_grad = True
 
 
 def _attached(
@@ -252,7 +196,7 @@ def _attached(
     where = coordinates(model, places.checkpoint, buffers=True)
     ours = {id(parameter): name for name, parameter in named.items()}
     mine = {n: ours[id(p)] for n, p in model.named_parameters() if id(p) in ours}
-    stands_at = {_owner(tensor): tensor for tensor in modules.values()}
+    stands_at = {owner_of(tensor): tensor for tensor in modules.values()}
     stored = {
         STORED + name: values
         for name, values in initial.items()
@@ -260,10 +204,6 @@ def _attached(
     }
     where = replace(where, names={**where.names, **mine})
     return Attached(model, adapter, named, where, stands_at, initial, stored, injection)
-
-
-def _owner(tensor: str) -> str:
-    return tensor.rpartition(".")[0]
 
 
 @contextmanager

@@ -61,7 +61,8 @@ def inject(
         if known is not None:
             model.peft_config = known  # a PeftModel's own, that the user made
         for path, names in active.items():
-            model.get_submodule(path).set_adapter([*names, *([name] if path in training else [])])
+            layer: Any = model.get_submodule(path)
+            layer.set_adapter([*names, *([name] if path in training else [])])
     layers: dict[str, Any] = {
         module: model.get_submodule(module).train(mode) for module, mode in training.items()
     }
@@ -90,17 +91,20 @@ def _weigher(scalings: Sequence[dict[str, float]], name: str) -> Callable[[float
 def _inject(
     model: torch.nn.Module, kind: str, config: Mapping[str, Any], modules: Sequence[str], name: str
 ) -> None:
-    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+    from peft.utils import PeftType
 
-    tuner = KINDS[kind].peft
+    tuner = PeftType(KINDS[kind].peft)
+    kind_of_config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[tuner]
     with _quiet(), torch.random.fork_rng():  # a run's own draws do not depend on its adapter
         torch.manual_seed(0)
-        given = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[tuner](
+        given = kind_of_config(
             **{member: value for member, value in config.items() if member != FROZEN},
             target_modules="|".join(re.escape(module) for module in modules),
         )
-        peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[tuner](model, given, name)
-    peft.tuners.tuners_utils.cast_adapter_dtype(model, name)  # float32 where the base has 16 bits
+        PEFT_TYPE_TO_TUNER_MAPPING[tuner](model, given, name)
+    cast_adapter_dtype(model, name)  # float32 where the base has 16 bits
 
 
 def _free_name(model: torch.nn.Module) -> str:

@@ -72,20 +72,35 @@ class Places:
         return to_numpy(self.model.get_parameter(self._live[name]))
 
 
-def check_patterns(config: Mapping[str, Any], modules: Mapping[str, str]) -> None:
-    """Raise ConfigError for patterns of ranks and the like that fit a module's live name alone.
+def for_live_names(config: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
+    """A configuration whose patterns of ranks and the like name live modules, one each.
 
-    modules: live name -> the base's name of its weight, by which merging looks patterns up.
+    modules: live name -> the base's name of its weight, for which the patterns of a delta stand.
+    Raises ConfigError for a pattern that fits live names alone.
     """
-    for member, patterns in config.items():
-        for pattern in patterns if member.endswith("_pattern") else ():
-            fits = re.compile(rf"(.*\.)?({pattern})$").match  # as peft has it
-            for live, tensor in modules.items():
-                if bool(fits(live)) != bool(fits(_owner(tensor))):
-                    raise ConfigError(
-                        f"{member} {pattern!r} fits {live!r} alone, which the checkpoint calls "
-                        f"{_owner(tensor)!r}; name the end that both have"
-                    )
+    return {
+        member: _live_pattern(member, value, modules) if member.endswith("_pattern") else value
+        for member, value in config.items()
+    }
+
+
+def _live_pattern(
+    member: str, patterns: Mapping[str, Any], modules: Mapping[str, str]
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for pattern, value in patterns.items():
+        fits = re.compile(
+            rf"(.*\.)?({pattern})$"
+        ).match  # as in peft, where the first to fit counts
+        for live, tensor in modules.items():
+            if fits(_owner(tensor)):
+                found.setdefault(re.escape(live), value)
+            elif fits(live):
+                raise ConfigError(
+                    f"{member} {pattern!r} fits {live!r} alone, which the checkpoint calls "
+                    f"{_owner(tensor)!r}; use the checkpoint's names"
+                )
+    return found
 
 
 def _owner(name: str) -> str:

@@ -38,7 +38,7 @@ class LiveAdapter:
         before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         found = reattach(self.model, self.delta, checkpoint=self.checkpoint)
         for parameter in found.parameters.values():
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad = False
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
         self.attached = found

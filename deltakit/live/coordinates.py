@@ -137,7 +137,7 @@ def coordinates(
     if checkpoint is None:
         return Coordinates({name: plain(name) or name for name in live})
     copies = {
-        name: [found for copy in same if (found := plain(copy)) is not None]
+        name: [known for copy in same if (known := plain(copy)) is not None]
         for name, same in _all_names(model, live).items()
     }
     quantised = {n: each for n, each in quantised_layers(model).items() if n in live}
