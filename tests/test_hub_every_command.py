@@ -239,13 +239,13 @@ def test_inspecting_50_mb_transfers_less_than_100_kb(hub: HubServer) -> None:
                 shape=(4096, 4096),
                 dtype="bfloat16",
                 mode="add",
-                indices=np.cumsum(random.integers(1, 128, 130_000)),
-                values=random.standard_normal(130_000).astype(np.float32),
+                indices=np.cumsum(random.integers(1, 128, 145_000)),
+                values=random.standard_normal(145_000).astype(np.float32),
             )
     data = encode(dk.SparseDelta(tensors=tensors))
-    assert len(data) > 45_000_000
+    assert len(data) > 50_000_000
     hub.add("org/large", {"delta.sdelta": data})
     done = CliRunner().invoke(main, ["inspect", "hf://org/large", "--json"])
     assert done.exit_code == 0
-    assert json.loads(done.stdout)["entries"] == 72 * 130_000
+    assert json.loads(done.stdout)["entries"] == 72 * 145_000
     assert 0 < sum(each.sent for each in hub.seen) < 100_000
