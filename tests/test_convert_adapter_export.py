@@ -197,7 +197,9 @@ def test_a_start_taken_off_the_base_becomes_twice_the_rank(
     delta = replace(delta, adapter=replace(delta.adapter, initial=stored), extras=extras)
     delta = configured(delta, initial, use_rslora=rank_stabilised, alpha_pattern={"layer": 6})
     dk.save(delta, tmp_path / "d.sdelta")
-    dk.convert(tmp_path / "d.sdelta", tmp_path / "peft", to_format="peft-adapter", base=base)
+    to = {"to_format": "peft-adapter", "base": base}
+    report = dk.convert(tmp_path / "d.sdelta", tmp_path / "peft", **to)
+    assert any("with twice the rank" in note for note in report.notes)
     arrays = load_file(tmp_path / "peft" / WEIGHTS)
     assert {k.removeprefix("base_model.model."): a.shape for k, a in arrays.items()} == {
         "layer.lora_A.weight": (8, 6),
@@ -220,6 +222,21 @@ def test_half_precision_keeps_its_bits(file: Path, base: Path, tmp_path: Path) -
     assert {t.dtype for t in dk.load(tmp_path / "e.sdelta").tensors.values()} == {"float16"}
     dk.convert(tmp_path / "e.sdelta", tmp_path / "again", to_format="peft-adapter", base=base)
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == before
+
+
+def test_pickled_adapters_are_read_too(file: Path, base: Path, tmp_path: Path) -> None:
+    """As PEFT saved them before 0.7."""
+    dk.convert(file, tmp_path / "peft", to_format="peft-adapter", base=base)
+    dk.convert(tmp_path / "peft", tmp_path / "a.sdelta", base=base)
+    arrays = load_file(tmp_path / "peft" / WEIGHTS)
+    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    torch.save(tensors, tmp_path / "peft" / "adapter_model.bin")
+    (tmp_path / "peft" / WEIGHTS).unlink()
+    dk.convert(tmp_path / "peft", tmp_path / "b.sdelta", base=base)
+    one, other = (dk.load(tmp_path / f"{n}.sdelta") for n in "ab")
+    assert {n: a.tobytes() for n, a in trained_values(one).items()} == {
+        n: a.tobytes() for n, a in trained_values(other).items()
+    }
 
 
 def test_a_seed_that_does_not_rebuild_is_not_believed(
@@ -296,6 +313,7 @@ FILES: dict[str, tuple[Callable[[Arrays], Arrays], str]] = {
         lambda a: {**a, "base_model.model.layer.lora_magnitude_vector": np.ones(5, np.float32)},
         "expected a pair of factors",
     ),
+    "twice": (lambda a: {**a, "layer.lora_A.weight": a[A]}, "with and without 'base_model.model.'"),
     "shared": (lambda a: {**a, "base_model.vera_A": a[A]}, "of no module of the base's"),
     "another module": (
         lambda a: {k.replace("layer", "../../layers"): v for k, v in a.items()},

@@ -113,8 +113,8 @@ def split_adapter(path: Path, split: Split, what: str) -> Adapter:
         if parts is None:
             if ".original_module." not in live:  # a head before training, saved with all biases
                 saved[_unwrapped(live)] = key
-        else:
-            modules.setdefault(parts[0], {})[parts[1]] = key
+        elif modules.setdefault(parts[0], {}).setdefault(parts[1], key) != key:
+            raise FormatError(f"{file.path}: {live!r} stands there with and without {PREFIX!r}")
     if not modules:
         raise FormatError(f"{file.path} holds no {what}")
     return Adapter(folder, config, file, modules, saved)

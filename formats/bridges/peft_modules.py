@@ -164,6 +164,11 @@ def _without_start(
 
 def _lost(delta: SparseDelta) -> tuple[str, ...]:
     notes = []
+    if any(name.startswith(STORED) for name in delta.extras):
+        notes.append(
+            "the adapter's start was taken off the base: it is written with twice the rank, for the "
+            "full-precision base as it is"
+        )
     if any(tensor.order is not None for tensor in delta.tensors.values()):
         notes.append("the order of unmasking is lost")
     if delta.config:
