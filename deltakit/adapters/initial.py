@@ -47,7 +47,7 @@ def initial_values(
     words = philox_words(seed, name, prod(shape), _STREAM) >> np.uint64(64 - _BITS)
     odd = (2 * words.astype(np.int64) + (1 - 2**_BITS)).astype(np.float32)
     drawn = odd * np.float32(bound / 2**_BITS)
-    return drawn.reshape(shape).astype(kind.numpy)
+    return np.asarray(drawn.reshape(shape).astype(kind.numpy))
 
 
 def all_initial_values(delta: SparseDelta, computed: Computed | None = None) -> dict[str, Array]:
