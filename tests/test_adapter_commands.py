@@ -254,7 +254,7 @@ ELSEWHERE = {  # public, and told by other tests, or not about deltas that are g
     *("BaseIdentity", "Batches", "BernoulliMask", "BlockMask", "ColumnMask", "DeltakitError"),
     *("DropAndGrow", "Fingerprint", "HeadMask", "ID3", "Increment", "NMMask", "PatchStream"),
     *("RandomMask", "Repeat", "RowMask", "Static", "TensorDelta", "WeightPatch"),
-    *("chain_position", "diff", "find_lr", "from_scipy", "from_torch", "guard", "revert"),
+    *("attach", "chain_position", "diff", "find_lr", "from_scipy", "from_torch", "guard", "revert"),
     *("state_digest", "pull", "push"),  # files as they are
     *("SparseTrainer", "SparseTuner", "UserMask"),  # test_adapter_training
 }
