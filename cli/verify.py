@@ -21,7 +21,9 @@ def command(delta: Source, base: Source | None, recorded_base: bool, as_json: bo
 
     Reads the whole file against its digests and the rules of the format. With --base, or with
     --recorded-base, which downloads it unless the cache has it, names, shapes, dtypes and base values
-    are compared as merging would. Exits with 1 when anything is wrong.
+    are compared as merging would. An adapter's initial values are made
+    anew and held against its check value (DoRA needs the base for that). Exits with 1 when anything is
+    wrong.
 
     \b
     Examples:
