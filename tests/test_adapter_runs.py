@@ -66,7 +66,9 @@ def test_a_run_and_its_file_agree(name: str, tmp_path: Path) -> None:
     assert delta.nnz == record["adapter"]["weights"] // 4 == record["budget"]["resolved"]
     before, after = all_initial_values(delta), trained_values(delta)
     assert any((before[n] != after[n]).any() for n in before)
-    told = deltakit("evaluate", *shared, "--delta", run / "delta.sdelta", "--json")
+    told = deltakit(
+        *("evaluate", *shared, "--delta", run / "delta.sdelta", "--split", "validation", "--json")
+    )
     assert told.exit_code == 0, told.output
     assert json.loads(told.stdout)["metrics"] == record["final"]["metrics"]
 
