@@ -152,10 +152,8 @@ def coordinates(
         if not found:
             names[name] = None
         elif name in quantised and is_transposed(quantised[name]):
-            names[name], regions[name] = (
-                name,
-                [turned(name, r.stored, r.stored_shape) for r in found],
-            )
+            names[name] = name
+            regions[name] = [turned(name, each.stored, each.stored_shape) for each in found]
         elif len(found) == 1 and found[0].is_whole:
             names[name] = found[0].stored
         else:

@@ -25,9 +25,10 @@ class Linear4bit(modules.Linear4bit):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """inputs [..., in] of any floating dtype -> [..., out] of the same."""
+        weight: Any = self.weight
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         made: torch.Tensor = matmul_4bit(
-            x.to(self.compute_dtype), self.weight, quant_state=self.weight.quant_state, bias=bias
+            x.to(self.compute_dtype), weight, quant_state=weight.quant_state, bias=bias
         )
         return made.to(x.dtype)
 
@@ -41,10 +42,11 @@ class Linear8bitLt(modules.Linear8bitLt):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """inputs [..., in] of any floating dtype -> [..., out] of the same."""
         self.state.is_training = self.training
-        if self.weight.CB is not None:
-            self.init_8bit_state()
+        weight: Any = self.weight
+        if weight.CB is not None:
+            self.init_8bit_state()  # type: ignore[no-untyped-call]
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        made: torch.Tensor = matmul(x, self.weight, bias=bias, state=self.state)
+        made: torch.Tensor = matmul(x, weight, bias=bias, state=self.state)
         return made
 
 
@@ -68,7 +70,7 @@ def quantised_linear(
         # Quantised on the CPU whatever the device: the library asks for that.
         codes = modules.Int8Params(weight.detach().cpu(), requires_grad=False)
     else:
-        layer = Linear4bit(
+        layer = Linear4bit(  # type: ignore[no-untyped-call]
             width, height, bias=False, compute_dtype=compute_dtype, quant_type=kind, device="meta"
         )
         codes = modules.Params4bit(

@@ -58,7 +58,7 @@ def quantize_model(
         own = weight.dtype if how.compute_dtype is None else getattr(torch, how.compute_dtype)
         layer = quantised_linear(
             weight.t().contiguous() if is_a(module, "Conv1D") else weight,
-            module.bias,  # type: ignore[arg-type]
+            module.bias,
             how.kind,
             double=how.double,
             compute_dtype=own,

@@ -17,20 +17,25 @@ from deltakit.training.entries import Target
 class QuantisedTarget(Target):
     """A quantised layer's weight; `parameter` is its stand-in.
 
-    Making one puts an empty addition beside the layer, which changes nothing; raises ConfigError while
-    a delta is applied there. Entries are differences to codes that nobody changes, so their base is zero here; the delta's
-    own base is the full-precision checkpoint.
+    Making one puts an empty addition beside the layer, which changes nothing; raises ConfigError
+    while a delta is applied there. Entries are differences to codes that nobody changes, so their
+    base is zero here; the delta's own base is the full-precision checkpoint.
     """
 
     def __post_init__(self) -> None:
         if addition_of(self.layer) is None or self.addition.whole is not self.parameter:
-            addition(self.live_name, self.layer, "trained").whole = self.parameter
+            addition(self.live_name, self.layer, "trained").whole = self.whole
+
+    @property
+    def whole(self) -> StandIn:
+        """`parameter`, as what it is."""
+        assert isinstance(self.parameter, StandIn)
+        return self.parameter
 
     @property
     def layer(self) -> torch.nn.Module:
         """The quantised layer."""
-        assert isinstance(self.parameter, StandIn)
-        layer: torch.nn.Module = self.parameter.layer
+        layer: torch.nn.Module = self.whole.layer
         return layer
 
     @property
