@@ -59,7 +59,8 @@ class BottleneckAdapter(torch.nn.Module):
         x = y if self.source is None else self.source.take()
         hidden = self.down(x.to(self.down.weight.dtype))
         change = self.up(activate(self.activation, hidden)) * self.scaling
-        return (y + change if self.residual else change).to(y.dtype)
+        result: torch.Tensor = y + change if self.residual else change
+        return result.to(y.dtype)
 
 
 class Source:
@@ -101,7 +102,9 @@ def activate(activation: str, hidden: torch.Tensor) -> torch.Tensor:
 
 def _zeros(inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> torch.nn.Linear:
     """A linear layer of zeros that draws nothing from torch's global generator."""
-    layer = torch.nn.utils.skip_init(torch.nn.Linear, inputs, outputs, device=device, dtype=dtype)
+    layer: torch.nn.Linear = torch.nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        torch.nn.Linear, inputs, outputs, device=device, dtype=dtype
+    )
     for parameter in layer.parameters():
         torch.nn.init.zeros_(parameter)
     return layer
