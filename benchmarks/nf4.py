@@ -76,7 +76,7 @@ def sparsified_lora() -> Step:
     net = model()
     options = {"rank": 4 * RANK}
     target = "attention-qv"
-    adapter = attach(net, "lora", options, target=target, seed=0, checkpoint=None)
+    adapter = attach(net, "lora", options, target=target, seed=0, base=None)
     method = dk.RandomMask(budget=BUDGET)
     return stepping(net, dk.SparseTuner(net, method, lr=1e-3, adapter=adapter))
 

@@ -36,7 +36,7 @@ def _trained(
     model, inputs = family.load(folder)
     checkpoint = Checkpoint(folder)
     options = {"rank": 4} if kind in ("lora", "dora", "adalora", "loha", "lokr", "hra") else {}
-    attached = attach(model, kind, options, seed=seed, checkpoint=checkpoint)
+    attached = attach(model, kind, options, seed=seed, base=checkpoint)
     delta = train(attached, checkpoint, share)
     head = {n: p for n, p in model.named_parameters() if attached.where.names[n] is None}
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_without_a_checkpoint_the_model_itself_is_the_base() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
     inputs = torch.randn(3, 6)
-    attached = attach(model, "dora", {"rank": 2}, target="1", seed=1, checkpoint=None)
+    attached = attach(model, "dora", {"rank": 2}, target="1", seed=1, base=None)
     delta = train(attached)
     trained = model(inputs)
     attached.detach()

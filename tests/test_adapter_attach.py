@@ -72,7 +72,7 @@ def test_a_trained_adapter_comes_back_and_goes_without_a_trace(
     modules, base = dict(model.named_modules()), weights(model)
     flags, plain = list(parameters_with_flags(model)), outputs(model, inputs)
 
-    attached = attach(model, kind, OPTIONS[kind], seed=3, checkpoint=checkpoint)
+    attached = attach(model, kind, OPTIONS[kind], seed=3, base=checkpoint)
     assert not any(module.training for module in model.modules())
     mine = {id(parameter) for parameter in attached.parameters.values()}
     assert all(p.requires_grad == (id(p) in mine) for p in model.parameters())
@@ -88,7 +88,7 @@ def test_a_trained_adapter_comes_back_and_goes_without_a_trace(
         assert list(parameters_with_flags(model)) == flags
 
     fresh, _ = family.load(tmp_path)
-    again = reattach(fresh, delta, checkpoint=checkpoint)
+    again = reattach(fresh, delta, base=checkpoint)
     assert torch.equal(outputs(fresh, inputs), trained)
     assert delta_of(again, checkpoint).equals(delta)
     again.detach()
@@ -99,7 +99,7 @@ def test_a_trained_adapter_comes_back_and_goes_without_a_trace(
 def test_another_seed_or_configuration_is_refused(kind: str, tmp_path: Path) -> None:
     model, inputs = BERT.load(tmp_path)
     checkpoint = Checkpoint(tmp_path)
-    attached = attach(model, kind, OPTIONS[kind], seed=3, checkpoint=checkpoint)
+    attached = attach(model, kind, OPTIONS[kind], seed=3, base=checkpoint)
     delta = train(attached, checkpoint)
     attached.detach()
     plain, modules = outputs(model, inputs), dict(model.named_modules())
@@ -110,7 +110,7 @@ def test_another_seed_or_configuration_is_refused(kind: str, tmp_path: Path) -> 
         wrong.append(replace(delta.adapter, seed=4))
     for adapter in wrong:
         with pytest.raises(BaseMismatchError, match="check value"):
-            reattach(model, replace(delta, adapter=adapter), checkpoint=checkpoint)
+            reattach(model, replace(delta, adapter=adapter), base=checkpoint)
         assert same_modules(model, modules)
         assert torch.equal(outputs(model, inputs), plain)
 
@@ -126,7 +126,7 @@ folder = Path(sys.argv[1])
 model, _ = BERT.load(folder)
 for kind, options in OPTIONS.items():
     torch.manual_seed(99)
-    found = attach(model, kind, options, seed=3, checkpoint=Checkpoint(folder))
+    found = attach(model, kind, options, seed=3, base=Checkpoint(folder))
     print("check", kind, found.adapter.check)
     found.detach()
 """
@@ -138,7 +138,7 @@ def test_a_fresh_process_gives_the_same_initial_values(tmp_path: Path) -> None:
         model, _ = BERT.load(tmp_path)
         torch.manual_seed(1)  # nothing depends on torch's own generator, and it is left alone
         before = torch.get_rng_state()
-        attached = attach(model, kind, options, seed=3, checkpoint=Checkpoint(tmp_path))
+        attached = attach(model, kind, options, seed=3, base=Checkpoint(tmp_path))
         assert torch.equal(torch.get_rng_state(), before)
         expected.append(f"check {kind} {attached.adapter.check}")
     tests = Path(__file__).parent
@@ -156,7 +156,7 @@ def test_a_fresh_process_gives_the_same_initial_values(tmp_path: Path) -> None:
 def test_kinds_begin_with_the_base_itself(kind: str, tmp_path: Path) -> None:
     model, inputs = BERT.load(tmp_path)
     plain = outputs(model, inputs)
-    attach(model, kind, OPTIONS[kind], seed=3, checkpoint=Checkpoint(tmp_path))
+    attach(model, kind, OPTIONS[kind], seed=3, base=Checkpoint(tmp_path))
     tolerance = 1e-6 if kind == "dora" else 0  # its norms are summed in another order than torch's
     torch.testing.assert_close(outputs(model, inputs), plain, rtol=0, atol=tolerance)
 
@@ -166,7 +166,7 @@ def test_initial_values_spread_as_those_of_peft(tmp_path: Path) -> None:
 
     model, _ = BERT.load(tmp_path)
     attached = attach(
-        model, "lora", {"rank": 64}, target="all-linear", seed=0, checkpoint=Checkpoint(tmp_path)
+        model, "lora", {"rank": 64}, target="all-linear", seed=0, base=Checkpoint(tmp_path)
     )
     ours = torch.cat([p.reshape(-1) for n, p in attached.parameters.items() if "lora_A" in n])
     attached.detach()
@@ -180,7 +180,7 @@ def test_initial_values_spread_as_those_of_peft(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_16_bit_bases_have_adapters_of_float32(kind: str, tmp_path: Path) -> None:
     model, inputs = LLAMA.load(tmp_path)
-    attached = attach(model.bfloat16(), kind, OPTIONS[kind], seed=0, checkpoint=None)
+    attached = attach(model.bfloat16(), kind, OPTIONS[kind], seed=0, base=None)
     assert {p.dtype for p in attached.parameters.values()} == {torch.float32}
     delta = train(attached)
     trained = outputs(model, inputs)
@@ -196,15 +196,13 @@ def test_patterns_of_ranks_name_modules_as_the_checkpoint_does(tmp_path: Path) -
     end, whole = "layer.0.attention.self.query", "bert.encoder.layer.0.attention.self.query"
     with pytest.raises(ConfigError, match=r"fits 'bert.*' alone, which the checkpoint calls 'enc"):
         options = {"alpha_pattern": {whole: 2}}
-        attach(model, "lora", options, seed=0, checkpoint=checkpoint)
-    attached = attach(
-        model, "lora", {"rank_pattern": {end: 3}, "rank": 2}, seed=0, checkpoint=checkpoint
-    )
+        attach(model, "lora", options, seed=0, base=checkpoint)
+    attached = attach(model, "lora", {"rank_pattern": {end: 3}, "rank": 2}, seed=0, base=checkpoint)
     ranks = [len(p) for name, p in attached.parameters.items() if "lora_A" in name]
     assert ranks == [3, 2, 2, 2]
     model, _ = VIT.load(tmp_path / "vit")  # the model calls it v_proj
     checkpoint = Checkpoint(tmp_path / "vit")
-    attached = attach(model, "lora", {"rank_pattern": {"value": 3}}, seed=0, checkpoint=checkpoint)
+    attached = attach(model, "lora", {"rank_pattern": {"value": 3}}, seed=0, base=checkpoint)
     ranks = [len(p) for name, p in attached.parameters.items() if "lora_A" in name]
     assert ranks == [8, 3, 8, 3]
 
@@ -218,7 +216,7 @@ def test_what_cannot_be_attached_leaves_the_model_alone(tmp_path: Path) -> None:
     def refused(error: type[Exception], match: str, kind: str = "lora", **more: Any) -> None:
         options = more.pop("options", {})
         with pytest.raises(error, match=match):
-            attach(model, kind, options, seed=0, checkpoint=checkpoint, **more)
+            attach(model, kind, options, seed=0, base=checkpoint, **more)
         assert same_modules(model, modules)
         assert torch.equal(outputs(model, inputs), plain)
         assert list(parameters_with_flags(model)) == flags
@@ -230,7 +228,7 @@ def test_what_cannot_be_attached_leaves_the_model_alone(tmp_path: Path) -> None:
     refused(ConfigError, "takes no Linear whose weight", kind="boft")
     refused(ConfigError, "matches no tensor", target="nowhere")
     refused(ConfigError, "takes no Linear or Conv1D", target="embeddings")
-    attached = attach(model, "lora", {}, seed=0, checkpoint=checkpoint)
+    attached = attach(model, "lora", {}, seed=0, base=checkpoint)
     delta = train(attached)
     attached.detach()
     with pytest.raises(DeltaError, match="not of an adapter"):
@@ -244,7 +242,7 @@ def test_modules_are_named_as_the_checkpoint_has_them(tmp_path: Path) -> None:
     model, _ = BERT.load(tmp_path)
     checkpoint = Checkpoint(tmp_path)
     attached = attach(
-        model, "lora", {}, target="*.query.weight", seed=0, checkpoint=checkpoint, exclude="*.1.*"
+        model, "lora", {}, target="*.query.weight", seed=0, base=checkpoint, exclude="*.1.*"
     )
     module = "encoder.layer.0.attention.self.query"
     assert attached.modules == {module: f"{module}.weight"}
@@ -261,25 +259,25 @@ def test_a_weight_that_two_layers_share_holds_no_adapter() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     model[1].weight = model[0].weight
     with pytest.raises(CoordinateError, match=r"is also '1.weight'.*exclude it"):
-        attach(model, "lora", {}, target="0", seed=0, checkpoint=None)
+        attach(model, "lora", {}, target="0", seed=0, base=None)
 
 
 def test_adapters_of_one_family_stand_side_by_side(tmp_path: Path) -> None:
     model, inputs = BERT.load(tmp_path)
     checkpoint = Checkpoint(tmp_path)
     modules, plain = dict(model.named_modules()), outputs(model, inputs)
-    scaling = attach(model, "ia3", {}, target="attention-qv", seed=0, checkpoint=checkpoint)
+    scaling = attach(model, "ia3", {}, target="attention-qv", seed=0, base=checkpoint)
     rescaled = train(scaling, checkpoint)
     scaling.detach()
-    first = attach(model, "lora", {"rank": 2}, seed=0, checkpoint=checkpoint)
+    first = attach(model, "lora", {"rank": 2}, seed=0, base=checkpoint)
     with pytest.raises(ConfigError, match="adapter 'lora' stands in the model"):
-        attach(model, "lora", {}, seed=0, checkpoint=checkpoint)
+        attach(model, "lora", {}, seed=0, base=checkpoint)
     one = train(first, checkpoint)
     alone = outputs(model, inputs)
-    second = reattach(model, one, checkpoint=checkpoint)
+    second = reattach(model, one, base=checkpoint)
     assert not torch.equal(outputs(model, inputs), alone)
     with pytest.raises(ConfigError, match=r"cannot stand at .*, where 'lora' stands"):
-        reattach(model, rescaled, checkpoint=checkpoint)
+        reattach(model, rescaled, base=checkpoint)
     first.detach()
     assert torch.equal(outputs(model, inputs), alone)
     second.detach()

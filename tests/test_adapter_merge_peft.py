@@ -47,7 +47,7 @@ def trained(name: str, family: Family, folder: Path, seed: int = 3) -> tuple[Any
     model, inputs = family.load(folder)
     kind = name.split()[0] if name != "rslora" else "lora"
     checkpoint = Checkpoint(folder)
-    attached = attach(model, kind, OPTIONS[name], seed=seed, checkpoint=checkpoint)
+    attached = attach(model, kind, OPTIONS[name], seed=seed, base=checkpoint)
     return model, inputs, train(attached, checkpoint)
 
 

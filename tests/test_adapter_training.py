@@ -38,7 +38,7 @@ def load(base: Path) -> BertForSequenceClassification:
 
 
 def attached(model: torch.nn.Module, base: Path, kind: str = "lora", seed: int = SEED) -> Attached:
-    return attach(model, kind, KINDS[kind], seed=seed, checkpoint=Checkpoint(base))
+    return attach(model, kind, KINDS[kind], seed=seed, base=Checkpoint(base))
 
 
 def batches(count: int) -> list[dict[str, torch.Tensor]]:

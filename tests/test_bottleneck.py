@@ -31,7 +31,7 @@ BERT = FAMILIES[0]
 
 def put(model: Any, kind: str, **options: Any) -> Attached:
     """An adapter, all of whose values are drawn at random."""
-    attached = attach(model, kind, options, seed=1, checkpoint=None)
+    attached = attach(model, kind, options, seed=1, base=None)
     fill(attached.parameters)
     return attached
 
@@ -48,7 +48,7 @@ def fill(parameters: Mapping[str, torch.nn.Parameter]) -> None:
 def test_a_zero_up_projection_changes_no_bit(family: Family, kind: str) -> None:
     model = family.model().requires_grad_(requires_grad=False)  # torch's matmul depends on it
     plain = outputs(model)
-    attached = attach(model, kind, {"initial": "zero"}, seed=1, checkpoint=None)
+    attached = attach(model, kind, {"initial": "zero"}, seed=1, base=None)
     assert any(parameter.any() for parameter in attached.parameters.values())
     assert torch.equal(outputs(model).view(torch.int32), plain.view(torch.int32))
     model.train()
@@ -125,7 +125,7 @@ def test_seeds_rebuild_the_bits_in_a_fresh_process() -> None:
 
 def digest_of(kind: str) -> str:
     """Of the initial values and the check value of an adapter of seed 7."""
-    attached = attach(BERT.model(), kind, {}, seed=7, checkpoint=None)
+    attached = attach(BERT.model(), kind, {}, seed=7, base=None)
     digest = hashlib.sha256(attached.adapter.check.encode())
     for name, parameter in attached.parameters.items():
         digest.update(name.encode() + parameter.detach().numpy().tobytes())
@@ -292,7 +292,7 @@ def test_sequence_and_token_tasks_are_learnt(head: Any, labels: torch.Tensor, ki
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     options = {"bottleneck": 4, "initial": 0.3, "activation": "gelu", "scaling": 1.0}
-    attached = attach(model, kind, options, seed=1, checkpoint=None)
+    attached = attach(model, kind, options, seed=1, base=None)
     assert all(".adapter." in n for n, p in model.named_parameters() if p.requires_grad)
     optimizer = torch.optim.Adam(attached.parameters.values(), lr=0.02)
     losses = []

@@ -36,7 +36,7 @@ def trained(
     """A delta of an adapter of which some entries moved, and what the model gives with it."""
     checkpoint = Checkpoint(folder)
     options = {"bottleneck": 3, "initial": 0.3, **options}
-    attached = attach(model, kind, options, seed=5, checkpoint=checkpoint)
+    attached = attach(model, kind, options, seed=5, base=checkpoint)
     state = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in attached.parameters.values():
@@ -58,7 +58,7 @@ def test_a_file_gives_the_trained_bits_back(name: str, kind: str, tmp_path: Path
     stored = {tensor.partition(".adapter.")[0] for tensor in read.tensors}
     assert all(f"{module}.weight" in Checkpoint(tmp_path / "base").tensors for module in stored)
     again = by_name[name].load(tmp_path / "base")
-    reattach(again, read, checkpoint=Checkpoint(tmp_path / "base"))
+    reattach(again, read, base=Checkpoint(tmp_path / "base"))
     assert torch.equal(outputs(again), given) and not torch.equal(given, plain)
 
 
@@ -104,7 +104,7 @@ def test_the_page_s_python_finds_a_base_model_in_one_with_a_head(tmp_path: Path)
     delta, _ = trained(inner, "parallel", tmp_path / "base")
     dk.save(delta, tmp_path / "a.sdelta")
     convert(tmp_path / "a.sdelta", tmp_path / "modules", to_format="adapter-modules")
-    reattach(inner, delta, checkpoint=Checkpoint(tmp_path / "base"))
+    reattach(inner, delta, base=Checkpoint(tmp_path / "base"))
     whole.requires_grad_(requires_grad=False)
     _loaded(whole, tmp_path / "modules")
     given, expected = (each(input_ids=IDS)[0] for each in (whole.bert, inner))

@@ -43,7 +43,7 @@ def test_activations_are_what_their_names_say(activation: str) -> None:
 def test_initial_values_have_the_given_spread(kind: str) -> None:
     model = tf.BertModel(tf.BertConfig(**{**SIZES, "hidden_size": 256}))
     options = {"initial": 0.02, "reduction_factor": 2}
-    attached = attach(model, kind, options, seed=1, checkpoint=None)
+    attached = attach(model, kind, options, seed=1, base=None)
     for name, parameter in attached.parameters.items():
         if name.endswith("bias"):
             assert not parameter.any()
@@ -54,9 +54,7 @@ def test_initial_values_have_the_given_spread(kind: str) -> None:
 
 @pytest.mark.parametrize("factor, expected", [(2, 4), (3, 2), (16, 1), (0.5, 16)])
 def test_the_reduction_factor_gives_the_width(factor: float, expected: int) -> None:
-    attached = attach(
-        BERT.model(), "pfeiffer", {"reduction_factor": factor}, seed=1, checkpoint=None
-    )
+    attached = attach(BERT.model(), "pfeiffer", {"reduction_factor": factor}, seed=1, base=None)
     assert {
         tuple(p.shape) for n, p in attached.parameters.items() if n.endswith("down.weight")
     } == {(expected, 8)}
@@ -64,7 +62,7 @@ def test_the_reduction_factor_gives_the_width(factor: float, expected: int) -> N
 
 def test_targets_and_exclusions_choose_among_the_places() -> None:
     def at(**patterns: Any) -> list[str]:
-        attached = attach(BERT.model(), "houlsby", {}, seed=1, checkpoint=None, **patterns)
+        attached = attach(BERT.model(), "houlsby", {}, seed=1, base=None, **patterns)
         return list(attached.modules)
 
     attention = [f"encoder.layer.{n}.attention.output.dense" for n in (0, 1)]
@@ -80,7 +78,7 @@ def test_targets_and_exclusions_choose_among_the_places() -> None:
 def test_without_the_residual_it_takes_the_layer_s_place() -> None:
     model = BERT.model()
     options = {"residual": False, "bottleneck": 3, "initial": 0.3}
-    attach(model, "pfeiffer", options, seed=1, checkpoint=None)
+    attach(model, "pfeiffer", options, seed=1, base=None)
     layer = model.encoder.layer[0].output.dense
     x = torch.ones(2, 12)
     y = functional.linear(x, layer.weight, layer.bias)
@@ -109,7 +107,7 @@ def test_options_that_do_not_fit_are_refused(
 ) -> None:
     model = BERT.model()
     with pytest.raises(ConfigError, match=message):
-        attach(model, kind, options, seed=1, checkpoint=None)
+        attach(model, kind, options, seed=1, base=None)
     assert not any(m._forward_hooks for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
 

@@ -143,7 +143,9 @@ def test_unknown_files_are_refused_by_all_bridges(content: bytes, tmp_path: Path
 
 
 def test_what_must_be_said(lora: Path, delta_file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"an sdelta can become adapter-modules, coo-safetensors, .*\(--to\)"):
+    with pytest.raises(
+        ConfigError, match=r"an sdelta can become adapter-modules, coo-safetensors, .*\(--to\)"
+    ):
         dk.convert(delta_file, "out")
     with pytest.raises(ConfigError, match="unknown format 'peft-lore'; nearest: peft-lora"):
         dk.convert(delta_file, "out", to_format="peft-lore")

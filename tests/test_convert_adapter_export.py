@@ -42,7 +42,7 @@ def trained(family: Family, folder: Path, kind: str, **options: Any) -> dk.Spars
     """A delta of an adapter with random initial values, a third of its elements moved."""
     model, _ = family.load(folder)
     checkpoint = Checkpoint(folder)
-    attached = attach(model, kind, options, seed=3, checkpoint=checkpoint)
+    attached = attach(model, kind, options, seed=3, base=checkpoint)
     delta = train(attached, checkpoint)
     heads = [n for n, _ in model.named_parameters() if n.startswith("classifier")]
     extras = {n: model.get_parameter(n).detach().numpy().copy() + 1 for n in heads}

@@ -30,7 +30,7 @@ def load(folder: Path, kind: str = "nf4") -> Any:
 def attached(model: Any, folder: Path, **options: Any) -> Any:
     given = {"rank": 4, **options}
     target = "attention-qv"
-    return attach(model, "lora", given, target=target, seed=3, checkpoint=Checkpoint(folder))
+    return attach(model, "lora", given, target=target, seed=3, base=Checkpoint(folder))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

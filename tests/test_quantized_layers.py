@@ -158,6 +158,7 @@ def test_mistakes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="double_quantization needs a quantised base"):
         Quantization.of(None, double=True, compute_dtype=None)
     monkeypatch.delitem(sys.modules, "deltakit.quantized.library")
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for name in ("bitsandbytes", "bitsandbytes.nn", "bitsandbytes.autograd._functions"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=r"need bitsandbytes: pip install 'deltakit-sparse\[8bit"):
         quantize_model(plain(), HOWS["nf4"])

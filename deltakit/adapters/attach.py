@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from deltakit.dtypes import Array
 from deltakit.errors import BaseMismatchError, ConfigError, DeltaError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.identity import identify
-from deltakit.live.coordinates import Coordinates, coordinates
+from deltakit.live.coordinates import Coordinates, coordinates, open_base
 from deltakit.quantized.loftq import check_codes
 
 
@@ -74,18 +75,19 @@ class Attached:
 def attach(
     model: torch.nn.Module,
     kind: str,
-    options: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
     *,
     target: Patterns | None = None,
     exclude: Patterns = (),
-    seed: int,
-    checkpoint: Checkpoint | None,
+    seed: int = 0,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
 ) -> Attached:
     """Put a new adapter into a model, in place, with the initial values that the seed gives.
 
     kind: one of `deltakit.adapters.kinds.KINDS`. options: rank, alpha, dropout, … of the kind. target,
     exclude: presets and patterns of tensors (see `deltakit.targets`); an adapter stands at the
-    modules whose weights they take. checkpoint: the base; without one live names are names.
+    modules whose weights they take. base: the checkpoint that the model was loaded from, found
+    through the model by default; without one live names are names.
 
     The adapter's parameters require gradients then, no others do, until it is taken off. Raises
     ConfigError for options and patterns that do not fit and where an adapter stands in the model,
@@ -93,9 +95,9 @@ def attach(
     """
     builder = builder_of(kind)
     check_plain(model)
-    places = Places(model, checkpoint)
+    places = Places(model, open_base(model, base))
     chosen = builder.choose(model, kind, places.names, target, exclude)
-    config = builder.configure(model, kind, options, chosen)
+    config = builder.configure(model, kind, options or {}, chosen)
     modules = {module: places.base_tensor(module) for module in chosen}
     injection = _inject(model, kind, config, modules)
     with _undone_on_failure(injection):
@@ -111,7 +113,10 @@ def attach(
 
 
 def reattach(
-    model: torch.nn.Module, delta: SparseDelta, *, checkpoint: Checkpoint | None = None
+    model: torch.nn.Module,
+    delta: SparseDelta,
+    *,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
 ) -> Attached:
     """Put the adapter of a delta into a model, in place, with its trained values.
 
@@ -122,7 +127,7 @@ def reattach(
     adapter = delta.adapter
     if adapter is None:
         raise DeltaError("the delta is one of base weights, not of an adapter; use dk.apply")
-    places = Places(model, checkpoint)
+    places = Places(model, open_base(model, base))
     names = dict.fromkeys(adapter.split(name)[0] for name in delta.tensors)
     modules = {live: places.base_tensor(live) for live in map(places.live_module, names)}
     check_codes(model, adapter, list(modules))

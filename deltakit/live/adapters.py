@@ -36,7 +36,7 @@ class LiveAdapter:
     def enter(self, weight: float) -> None:
         """Put it into the model; what requires gradients stays as it is."""
         before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        found = reattach(self.model, self.delta, checkpoint=self.checkpoint)
+        found = reattach(self.model, self.delta, base=self.checkpoint)
         for parameter in found.parameters.values():
             parameter.requires_grad = False
         for parameter, requires_grad in before:

@@ -70,6 +70,15 @@ def find_checkpoint(model: torch.nn.Module) -> Checkpoint | None:
     return Checkpoint(path) if path and Path(path).is_dir() else None
 
 
+def open_base(
+    model: torch.nn.Module, base: str | os.PathLike[str] | Checkpoint | None
+) -> Checkpoint | None:
+    """The checkpoint that a model was loaded from, as given, or as `find_checkpoint` finds it."""
+    if base is None or isinstance(base, Checkpoint):
+        return base or find_checkpoint(model)
+    return Checkpoint(os.fspath(base))
+
+
 def saved_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Live name -> buffer, for the buffers that checkpoints hold (BatchNorm statistics)."""
     saved = model.state_dict().keys()

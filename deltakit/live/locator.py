@@ -20,7 +20,7 @@ from deltakit.live.arrays import dtype_name
 from deltakit.live.base_check import check_live_base
 from deltakit.live.coordinates import (
     Coordinates,
-    find_checkpoint,
+    open_base,
     plain_coordinates,
     plain_tensors,
 )
@@ -50,9 +50,7 @@ class Locator:
     @cached_property
     def checkpoint(self) -> Checkpoint | None:
         """The checkpoint that maps live names to the deltas' names."""
-        if self.base is None or isinstance(self.base, Checkpoint):
-            return self.base or find_checkpoint(self.model)
-        return Checkpoint(os.fspath(self.base))
+        return open_base(self.model, self.base)
 
     @cached_property
     def where(self) -> Coordinates:

@@ -52,7 +52,10 @@ class UserMask:
         elif isinstance(support, Mapping):
             chosen = _of_masks(support, scene)
         else:
-            made = ((target, support(target.name, target.weights().view(target.shape))) for target in scene.targets)
+            made = (
+                (target, support(target.name, target.weights().view(target.shape)))
+                for target in scene.targets
+            )
             chosen = [Chosen(t.number, _indices(t, mask)) for t, mask in made if mask is not None]
         chosen = [c for c in chosen if len(c.indices)]
         targets = {target.number: target for target in scene.targets}

@@ -122,7 +122,7 @@ class Subject:
             target=config.target or None,
             exclude=exclusions(config, self.model, self.base),
             seed=config.seed if config.adapter_seed is None else config.adapter_seed,
-            checkpoint=self.base,
+            base=self.base,
         )
         return loftq(attached, self.base) if config.loftq else attached
 

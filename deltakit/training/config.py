@@ -402,7 +402,9 @@ class TrainConfig:
                 if getattr(self, name):
                     raise ConfigError(f"setting {name} needs an adapter; give --adapter")
         if self.loftq and (self.adapter != "lora" or self.quantize is None):
-            raise ConfigError("loftq starts lora at a quantised base; give --adapter lora and --quantize")
+            raise ConfigError(
+                "loftq starts lora at a quantised base; give --adapter lora and --quantize"
+            )
         if self.quantization is not None and self.hessian:
             raise ConfigError("hessian is measured on full-precision weights; leave out --quantize")
         accepted = self._accepted()

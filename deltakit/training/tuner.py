@@ -17,8 +17,8 @@ from deltakit.live.coordinates import (
     Coordinates,
     config_changes,
     coordinates,
-    find_checkpoint,
     live_tensors,
+    open_base,
     saved_buffers,
 )
 from deltakit.live.translation import settled
@@ -107,7 +107,7 @@ class SparseTuner:
         if accumulation_steps < 1:
             raise ConfigError(f"accumulation_steps must be at least 1, found {accumulation_steps}")
         self.model = model
-        self.checkpoint = _open(base) or find_checkpoint(model)
+        self.checkpoint = open_base(model, base)
         self._adapter = _adapter(adapter, self.checkpoint, masked, init_delta)
         self._where = (
             adapter.where if adapter else coordinates(model, self.checkpoint, buffers=True)
@@ -262,10 +262,6 @@ def _adapter(
             raise ConfigError("masked zero starts anew and cannot go on from a delta")
         training.check_earlier(init_delta)
     return training
-
-
-def _open(base: str | os.PathLike[str] | Checkpoint | None) -> Checkpoint | None:
-    return base if base is None or isinstance(base, Checkpoint) else Checkpoint(os.fspath(base))
 
 
 def _refuse_rearranged(extras: Sequence[str], where: Coordinates) -> None:
