@@ -69,12 +69,12 @@ def plot_unmasking(found: Mapping[str, Any], path: Path) -> bool:
             left.plot(steps, rest, "k:", label=f"{len(kinds) - _LINES} other kinds")
         left.set_xlabel("step")
         left.set_ylabel("entries")
-        left.legend(fontsize="xx-small")
+        left.legend(fontsize="xx-small", loc="upper left")  # "best" is slow on long curves
         right.plot(steps, history["tensor_sparsity"], label="tensor sparsity")
         right.plot(steps, history["sparsity_entropy"], label="sparsity entropy")
         right.set_xlabel("step")
         right.set_ylim(0, 1.02)
-        right.legend(fontsize="small")
+        right.legend(fontsize="small", loc="lower right")
     return True
 
 
