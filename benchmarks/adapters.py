@@ -1,8 +1,8 @@
 """Sparsified adapters against dense ones of the same size and of their own, on the docstring task.
 
-    python benchmarks/adapters.py OUT [--seeds 0,1,2] [--threads 1] [--rows NAME,...]
+    python benchmarks/adapters.py OUT [--seeds 0,1,2] [--threads 1] [--rows NAME,...] [--epochs 2]
 
-MiniLM-L6, two epochs at batch 32, 64 tokens. Runs `benchmarks/fidelity.py` once per row and seed, which
+MiniLM-L6 at batch 32, 64 tokens. Runs `benchmarks/fidelity.py` once per row and seed, which
 appends to OUT/fidelity.jsonl and skips what is there, so that it can be stopped and gone on with; then
 prints mean and deviation of test accuracy, and the size of the file, head included.
 """
@@ -51,20 +51,23 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--threads", default="1")
     parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--epochs", default="2")
     options = parser.parse_args()
+    length = [] if options.epochs == "2" else ["--epochs", options.epochs]
+    rows = {name: (row[0], row[1], [*row[2], *length]) for name, row in ROWS.items()}
     seeds = [int(seed) for seed in options.seeds.split(",")]
     names = options.rows.split(",")
     script = Path(__file__).with_name("fidelity.py")
     for seed in seeds:
         for name in names:
-            method, rate, flags = ROWS[name]
+            method, rate, flags = rows[name]
             given = ["--lr", str(rate), "--seed", str(seed), "--threads", options.threads]
             command = [sys.executable, str(script), str(options.out), method, *given, "--", *flags]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (options.out / "fidelity.jsonl").read_text().splitlines()]
     print("| adapter | entries | test accuracy | file |\n| --- | --- | --- | --- |")
     for name in names:
-        method, rate, flags = ROWS[name]
+        method, rate, flags = rows[name]
         key = {"row": method, "lr": rate, "flags": flags}
         mine = [line for line in lines if key.items() <= line.items() and line["seed"] in seeds]
         tests = [100 * line["test"] for line in mine]
