@@ -107,7 +107,8 @@ def qlora(*layers: str) -> Callable[[], Step]:
 
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ID3 = dk.ID3(budget=BUDGET, steps=1001, schedule=[BUDGET // 2] + [BUDGET // 2000] * 1000)
+LATER = [BUDGET // 2000] * 1000  # so that every measured step selects
+ID3 = dk.ID3(budget=BUDGET, steps=1001, schedule=[BUDGET - sum(LATER), *LATER])
 CONTESTANTS: dict[str, Callable[[], Step]] = {
     "peft QLoRA r8 (q, v)": qlora("q_proj", "v_proj"),
     "peft QLoRA r8 (all linear)": qlora(*LINEAR),

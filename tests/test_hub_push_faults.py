@@ -29,6 +29,12 @@ COMMIT = "POST /api/models/org/news/commit"
 PREUPLOAD = "POST /api/models/org/news/preupload"
 PUT = "PUT /object/"
 
+# Where the tests run in the background of a shell, their children ignore SIGINT at first.
+INTERRUPTIBLE = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "runpy.run_module('deltakit', run_name='__main__')"
+)
+
 # The client uploads with an argument that its own HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -315,7 +321,7 @@ def test_a_push_that_is_stopped_lists_nothing(
     writer.meanwhile(PUT, lambda: (os.kill(process.pid, sent), gone.wait(60)))
     gone = threading.Event()
     process = subprocess.Popen(
-        [sys.executable, "-m", "deltakit", "push", str(delta_file), "org/news"],
+        [sys.executable, "-c", INTERRUPTIBLE, "push", str(delta_file), "org/news"],
         env={**os.environ, **environment(writer, tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
