@@ -23,7 +23,8 @@ from deltakit.selection.methods import Method
 from deltakit.selection.recipe import make_method
 from deltakit.targets.patterns import matching
 from deltakit.training.collate import Collator, Examples
-from deltakit.training.config import METHOD_SETTINGS, TrainConfig
+from deltakit.training.config import TrainConfig
+from deltakit.training.config_method import METHOD_SETTINGS
 from deltakit.training.folder import RunFolder
 from deltakit.training.metrics import greater_is_better
 from deltakit.training.prepare import Prepared

@@ -17,8 +17,8 @@ from deltakit.formats.atomic import write_bytes
 from deltakit.selection import METHODS
 from deltakit.selection.recipe import settings_of
 from deltakit.training.cells import Cell, run_cells
-from deltakit.training.config import METHOD_SETTINGS
 from deltakit.training.config_file import resolve
+from deltakit.training.config_method import METHOD_SETTINGS
 from deltakit.training.peers import PEERS, RATES
 from deltakit.training.prepare import Say
 from deltakit.training.presets import PRESETS

@@ -16,7 +16,8 @@ from deltakit.selection.allocation import ALLOCATIONS
 from deltakit.selection.recipe import settings_of
 from deltakit.selection.schedules import SCHEDULES
 from deltakit.targets.presets import TARGET_PRESETS
-from deltakit.training.config import METHOD_SETTINGS, REQUIRED, TrainConfig, describe
+from deltakit.training.config import REQUIRED, TrainConfig, describe
+from deltakit.training.config_method import METHOD_SETTINGS
 from deltakit.training.peers import PEERS
 from deltakit.training.presets import PRESETS
 
