@@ -36,8 +36,8 @@ def pfeiffer(reduction: int) -> list[str]:
 ROWS: dict[str, tuple[str, float, list[str]]] = {
     "lora r2": ("random", 5e-3, [*lora(2), *DENSE]),
     "lora r32": ("random", 2e-3, [*lora(32), *DENSE]),
-    "lora r32 by id3": ("id3", 1e-2, [*lora(32), *LORA_SIZE]),
-    "lora r32 by a random mask": ("random", 1e-2, [*lora(32), *LORA_SIZE]),
+    "lora r32 by id3": ("id3", 2e-2, [*lora(32), *LORA_SIZE]),
+    "lora r32 by a random mask": ("random", 2e-2, [*lora(32), *LORA_SIZE]),
     "pfeiffer 12": ("random", 3e-3, [*pfeiffer(32), *DENSE]),
     "pfeiffer 192": ("random", 3e-3, [*pfeiffer(2), *DENSE]),
     "pfeiffer 192 by id3": ("id3", 1e-2, [*pfeiffer(2), *NARROW_SIZE]),
