@@ -53,9 +53,10 @@ def inject(
 
     try:
         _inject(model, kind, config, modules, name)
-    except Exception as error:
+    except Exception as error:  # of any type, by kind and option; the model goes back either way
         remove()
-        raise ConfigError(f"adapter {kind!r}: peft does not attach it: {error}") from error
+        why = " ".join(str(error).split())
+        raise ConfigError(f"adapter {kind!r}: peft does not attach it: {why}") from error
     finally:
         model.__dict__.pop("peft_config", None)
         if known is not None:
