@@ -208,5 +208,5 @@ def test_a_large_delta_shows_its_progress(hub: HubServer, tmp_path: Path) -> Non
         assert done.returncode == 0
         assert Path(f"{name}.sdelta").read_bytes() == data
     assert "delta.sdelta" in told["loud"]
-    assert re.search(r"\d+%.*MB.*\[\d\d:\d\d<\d\d:\d\d, .*B/s\]", told["loud"])
+    assert re.search(r"100%.* 22\.\dM/22\.\dM \[\d\d:\d\d<\d\d:\d\d, .*B/s\]", told["loud"])
     assert told["quiet"] == ""
