@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= auto
 
-.PHONY: help demo test lint format install clean
+.PHONY: help demo test lint format install browser clean
 
 help:
 	@echo "make demo     the whole story on two small tasks, three to five minutes"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint     ruff and mypy"
 	@echo "make format   rewrite the code as ruff formats it"
 	@echo "make install  only set up .venv"
+	@echo "make browser  install Chromium, with which pages are tested (apt-get, as root)"
 	@echo "make clean    remove .venv and everything built"
 
 install: $(STAMP)
@@ -37,6 +38,10 @@ demo: $(STAMP)
 # One thread per worker: the tests are many and small, and idle BLAS threads only contend.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# Without a browser the tests that need one skip themselves.
+browser:
+	.ci/browser
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

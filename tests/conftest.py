@@ -23,6 +23,7 @@ from deltakit.formats.sdelta import save
 from deltakit.identity import identify
 
 if TYPE_CHECKING:
+    from browser_lab import Browser
     from hub_server import HubServer
 
 # Machines under load must not make a test fail, and CI must try the same examples every time.
@@ -120,3 +121,24 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         server.tokens["hf_org"] = "org"
         yield server
         huggingface_hub.close_session()  # its kept connections outlive the server
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The browser of this worker. Without one tests skip, where DELTAKIT_NEEDS_BROWSER=1 they fail."""
+    from browser_lab import find_browser, started
+
+    paths = find_browser()
+    if paths is None:
+        missing = "no chromium with chromedriver on the PATH (`make browser` installs them)"
+        (pytest.fail if os.environ.get("DELTAKIT_NEEDS_BROWSER") == "1" else pytest.skip)(missing)
+    with started(paths, tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """A blank page in a headless Chromium; at the end of the test the console holds no error."""
+    chromium.reset()
+    yield chromium
+    assert chromium.errors() == []

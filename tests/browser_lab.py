@@ -1,0 +1,187 @@
+"""A headless Chromium for tests of pages: opened from files, watched for errors, asked by axe.
+
+Tests take the fixture `browser` (tests/conftest.py): one process per test worker, a fresh page per
+test. Chromium and its driver come from the system (`make browser`), never from a download.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from selenium.common.exceptions import WebDriverException
+from selenium.webdriver import ActionChains, Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+
+_TIMEOUT = 30  # seconds for a page or a script; a loaded machine takes a few
+_SIZE = (1280, 900)  # CSS pixels
+_OPTIONS = [
+    "--headless=new",
+    "--no-sandbox",  # containers and root have no user namespaces
+    "--disable-dev-shm-usage",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--hide-scrollbars",
+]
+# Two frames after the script ran, everything that it made has been laid out and painted.
+_WHEN_PAINTED = """
+const done = arguments[arguments.length - 1];
+requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now())));
+"""
+_AXE = """
+const done = arguments[arguments.length - 1];
+axe.run(document, {resultTypes: ["violations"]}).then(
+  found => done(found.violations.flatMap(rule => rule.nodes.map(
+    node => `${rule.id} (${rule.impact}) at ${node.target.join(" ")}: ${node.failureSummary}`))),
+  error => done([`axe failed: ${error}`]));
+"""
+
+
+def find_browser() -> tuple[str, str] | None:
+    """The paths of Chromium (or Chrome) and of its driver; None where either is missing."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    driver = shutil.which("chromedriver")
+    return None if browser is None or driver is None else (browser, driver)
+
+
+class Browser:
+    """One page in a headless Chromium; `driver` is selenium's, for what is not here."""
+
+    def __init__(self, driver: Chrome) -> None:
+        self.driver = driver
+
+    def reset(self) -> None:
+        """A blank page of 1280 x 900 CSS pixels in a light scheme, nothing stored or told yet."""
+        self.driver.get("about:blank")
+        self.resize(*_SIZE)
+        self.scheme("light")
+        self.driver.execute_cdp_cmd(
+            "Storage.clearDataForOrigin", {"origin": "file://", "storageTypes": "all"}
+        )
+        self.errors()
+
+    def open(self, page: Path) -> float:
+        """Open a local page; the milliseconds from the navigation until its content was painted.
+
+        Waits for the script in it. The time includes the driver's own, a few milliseconds.
+        """
+        self.driver.get_log("performance")
+        self.driver.get(page.absolute().as_uri())
+        return float(self.driver.execute_async_script(_WHEN_PAINTED))
+
+    def errors(self) -> list[str]:
+        """What the console was told since the last call: errors, also of blocked requests."""
+        entries = self.driver.get_log("browser")
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
+
+    def requests(self) -> list[str]:
+        """What the page has asked for since it was opened, beside itself."""
+        told = [
+            json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")
+        ]
+        asked = [each["params"] for each in told if each["method"] == "Network.requestWillBeSent"]
+        return [each["request"]["url"] for each in asked if each["type"] != "Document"]
+
+    def resize(self, width: int, height: int) -> None:
+        """Lay the page out in a window of so many CSS pixels (narrower than a window may be)."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def scheme(self, scheme: Literal["light", "dark"]) -> None:
+        """What the page finds in `prefers-color-scheme`."""
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+    def too_wide(self) -> list[str]:
+        """The page's parts that make it scroll sideways, outermost first; empty is good."""
+        found: list[str] = self.run(
+            """
+            const page = document.documentElement;
+            if (page.scrollWidth <= page.clientWidth) return [];
+            return ["document", ...[...document.body.querySelectorAll("*")]
+              .filter(node => node.getBoundingClientRect().right > page.clientWidth)
+              .map(node => `${node.tagName} ${node.id} ${node.getAttribute("class") ?? ""}`)];
+            """
+        )
+        return found
+
+    def violations(self) -> list[str]:
+        """What axe-core holds against the page as it stands, by rule and element; empty is good.
+
+        The release is the dev extra's, or the axe.min.js named by DELTAKIT_AXE.
+        """
+        given = os.environ.get("DELTAKIT_AXE")
+        script = Path(given) if given else files("selenium_axe_python") / "axe-core/axe.min.js"
+        self.run(script.read_text(encoding="utf-8"))
+        found: list[str] = self.driver.execute_async_script(_AXE)
+        return found
+
+    def screenshot(self, path: Path) -> None:
+        """Write the whole page, also what is below the window, as PNG."""
+        shot = self.driver.execute_cdp_cmd(
+            "Page.captureScreenshot", {"captureBeyondViewport": True}
+        )
+        path.write_bytes(base64.b64decode(shot["data"]))
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """What a body of a JavaScript function returns."""
+        return self.driver.execute_script(script, *arguments)
+
+    def all(self, css: str) -> list[WebElement]:
+        """The elements that a CSS selector matches."""
+        return self.driver.find_elements(By.CSS_SELECTOR, css)
+
+    def one(self, css: str) -> WebElement:
+        """The only element that a CSS selector matches."""
+        [found] = self.all(css)
+        return found
+
+    def text(self, css: str = "body") -> str:
+        """The visible text of the only element that a CSS selector matches."""
+        return self.one(css).text
+
+    def press(self, *keys: str) -> None:
+        """Press keys, one after another, wherever the focus is (selenium's `Keys`)."""
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def focused(self) -> WebElement:
+        """The element that has the keyboard's focus."""
+        return self.driver.switch_to.active_element
+
+
+@contextmanager
+def started(paths: tuple[str, str], folder: Path) -> Iterator[Browser]:
+    """A browser that keeps everything it writes in `folder`; both are gone at the end."""
+    browser, driver = paths
+    options = ChromeOptions()
+    options.binary_location = browser
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    for option in [*_OPTIONS, f"--user-data-dir={folder / 'profile'}"]:
+        options.add_argument(option)
+    # A home of its own, too: crash reports and caches do not follow the profile.
+    home = {name: str(folder) for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "TMPDIR")}
+    running = Chrome(options, Service(driver, env={**os.environ, **home}))
+    try:
+        running.set_page_load_timeout(_TIMEOUT)
+        running.set_script_timeout(_TIMEOUT)
+        yield Browser(running)
+    finally:
+        try:
+            running.quit()
+        except WebDriverException:
+            running.service.stop()
+        shutil.rmtree(folder, ignore_errors=True)
