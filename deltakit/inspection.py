@@ -123,11 +123,15 @@ class Inspection:
         """log2 C(numel, entries) / 8 over the tensors: the least bytes for uniform supports."""
         return sum(support_bits(t.numel, t.nnz) for t in self.tensors) / 8
 
+    def open(self) -> SdeltaFile:
+        """The file itself, for reading; one that is on the Hub is downloaded."""
+        return SdeltaFile(self.path if isinstance(self.path, Path) else str(self.path))
+
     @cached_property
     def changes(self) -> Mapping[str, Changes]:
         """Statistics of |change| per tensor; the first use reads and checks the sparse tensors, and
         so downloads a file that is on the Hub."""
-        with SdeltaFile(self.path if isinstance(self.path, Path) else str(self.path)) as file:
+        with self.open() as file:
             return {t.name: Changes.of(file.tensor(t.name)) for t in self.tensors}
 
     def changes_in(self, tensors: Iterable[TensorRecord]) -> Changes | None:
