@@ -106,7 +106,7 @@ def test_a_view_stays_small(tmp_path: Path) -> None:
         delta = _many(count)
         save(delta, tmp_path / f"{count}.sdelta")
         view = DeltaView.of(inspect(tmp_path / f"{count}.sdelta"))
-        assert len(json.dumps(view.as_dict(), separators=(",", ":"))) < 500_000
+        assert len(json.dumps(view.as_dict(), separators=(",", ":"))) < 700_000
         assert view.histogram is not None
         assert view.histogram.bins <= 64
         finest = [Histogram.of(tensor) for tensor in delta.tensors.values()]
