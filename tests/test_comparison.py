@@ -155,7 +155,7 @@ def _interrupt(config: TrainConfig, folder: Path) -> None:
     base, run = Checkpoint(prepared.located.folder), RunFolder(folder)
     write_file(cell.config, run.config)
     subject = Subject(cell.config, prepared, base)
-    trainer = build_trainer(subject, Plan.of(cell.config, base.total_weights), run, quiet=True)
+    trainer = build_trainer(subject, Plan.of(cell.config, base.total_weights), run)
     trainer.add_callback(_StopAt())
     trainer.train()
     assert [path.name for path in run.checkpoints()] == ["checkpoint-3"]

@@ -82,7 +82,7 @@ def test_interrupted_run_resumes_to_the_same_bits(
 def _logged(run: Path) -> list[dict[str, Any]]:
     """All that the log tells but times."""
     lines = (run / "log.jsonl").read_text().splitlines()
-    clocks = ("runtime", "per_second", "preparation_time")
+    clocks = ("runtime", "seconds", "per_second", "bytes", "preparation_time")
     records = [json.loads(line) for line in lines]
     told = [{k: v for k, v in r.items() if not k.endswith(clocks)} for r in records]
     return [record for record in told if "train_loss" not in record]

@@ -30,10 +30,12 @@ from deltakit.training.metrics import greater_is_better
 from deltakit.training.prepare import Prepared
 from deltakit.training.presets import PRESETS
 from deltakit.training.pretrained import load_model
+from deltakit.training.reporting import keep_events_in
 from deltakit.training.settings import parse_option
+from deltakit.training.step_log import LINES, StepLog
 from deltakit.training.task import Live
 from deltakit.training.trainer import SparseTrainer
-from deltakit.training.watch import BestDelta, LogFile, Progress
+from deltakit.training.watch import BestDelta
 
 if TYPE_CHECKING:
     from deltakit.adapters.attach import Attached
@@ -128,7 +130,7 @@ class Subject:
         return loftq(attached, self.base) if config.loftq else attached
 
 
-def build_trainer(subject: Subject, plan: Plan, folder: RunFolder, *, quiet: bool) -> SparseTrainer:
+def build_trainer(subject: Subject, plan: Plan, folder: RunFolder) -> SparseTrainer:
     """The subject's model with its trainer, ready to train or to resume."""
     config, prepared, model = subject.config, subject.prepared, subject.model
     adapter = subject.adapter
@@ -156,7 +158,7 @@ def build_trainer(subject: Subject, plan: Plan, folder: RunFolder, *, quiet: boo
         **layers,
         **feeding(config, prepared, model),
     )
-    _watch(trainer, config, prepared.metric, folder, quiet=quiet)
+    _watch(trainer, config, prepared.metric, folder)
     return trainer
 
 
@@ -186,6 +188,7 @@ def arguments(config: TrainConfig, folder: RunFolder, examples: int) -> Training
     """
     epoch = ceil(ceil(examples / config.batch_size) / config.gradient_accumulation)
     every = {"epoch": epoch, "steps": config.eval_steps}.get(config.eval_strategy)
+    steps = config.max_steps or ceil(epoch * config.epochs)
     return TrainingArguments(
         output_dir=str(folder.path),
         learning_rate=0.0 if isinstance(config.lr, str) else config.lr,  # auto: not known yet
@@ -204,10 +207,10 @@ def arguments(config: TrainConfig, folder: RunFolder, examples: int) -> Training
         save_strategy="no" if config.save_steps is None else "steps",
         save_steps=config.save_steps or 500,
         save_total_limit=2,
-        logging_steps=config.logging_steps,
+        logging_steps=max(config.logging_steps, ceil(steps / LINES)),
         seed=config.seed,
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(config.report_to) or "none",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -254,9 +257,7 @@ def _never(config: TrainConfig) -> bool:
     return config.eval_strategy == "no"
 
 
-def _watch(
-    trainer: SparseTrainer, config: TrainConfig, metric: str, folder: RunFolder, *, quiet: bool
-) -> None:
+def _watch(trainer: SparseTrainer, config: TrainConfig, metric: str, folder: RunFolder) -> None:
     trainer.remove_callback(PrinterCallback)  # prints to stdout, which is for results
     best = BestDelta(
         trainer,
@@ -266,6 +267,5 @@ def _watch(
         patience=config.early_stopping_patience,
     )
     trainer.add_callback(best)
-    trainer.add_callback(LogFile(folder.log))
-    if not quiet:
-        trainer.add_callback(Progress(trainer))
+    trainer.add_callback(StepLog(folder.log))
+    keep_events_in(trainer, folder.events)

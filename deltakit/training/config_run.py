@@ -31,6 +31,12 @@ def _optimizers() -> list[str]:
     return optimizer_names()
 
 
+def _trackers() -> list[str]:
+    from deltakit.training.reporting import tracker_names
+
+    return tracker_names()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """The base, and how it is held."""
@@ -190,4 +196,10 @@ class RunSettings:
     output_dir: str = setting("", text("RUN"), RUN, "folder for everything the run writes")
     save_steps: int | None = setting(None, whole(1), RUN, "steps between saves for --resume")
     logging_steps: int = setting(10, whole(1), RUN, "steps between lines of the log")
+    report_to: tuple[str, ...] = setting(
+        (),
+        many(choice(_trackers), ","),
+        RUN,
+        "trackers of the Trainer to report to: tensorboard (into RUN/tensorboard), wandb, ...",
+    )
     threads: int | None = setting(None, whole(1), RUN, "CPU threads")

@@ -16,6 +16,7 @@ HARMLESS = (
     "logging_steps",
     "save_steps",
     "hessian",
+    "report_to",
 )  # may change on resuming: no bit depends on them
 
 
@@ -49,6 +50,21 @@ class RunFolder:
     def log(self) -> Path:
         """One JSON object per line: losses and evaluations with their steps."""
         return self.path / "log.jsonl"
+
+    @property
+    def start(self) -> Path:
+        """What is known of the run when its training starts (`deltakit.run_record`)."""
+        return self.path / "run.json"
+
+    @property
+    def report(self) -> Path:
+        """Everything about the run on one page for a browser."""
+        return self.path / "report.html"
+
+    @property
+    def events(self) -> Path:
+        """TensorBoard's files, where `report_to` names it."""
+        return self.path / "tensorboard"
 
     @property
     def plot(self) -> Path:
@@ -95,7 +111,7 @@ class RunFolder:
     def clear(self) -> None:
         """Make the folder, without anything that an earlier run wrote."""
         plots = (self.plot, self.unmasking_plot, self.density_plot, self.lr_plot)
-        others = (self.config, self.log, self.lr, *plots)
+        others = (self.config, self.start, self.log, self.report, self.events, self.lr, *plots)
         for path in [*self._results(), *(path for path in others if path.exists())]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.path.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,7 @@ def find_for(config: TrainConfig, *, force: bool, say: Say) -> Found:
     base = Checkpoint(with_weights(prepared.located).folder)
     subject = Subject(config, prepared, base)
     plan = Plan.of(config, subject.total_weights)
-    trainer = build_trainer(subject, plan, folder, quiet=True)
+    trainer = build_trainer(subject, plan, folder)
     search = trainer.find_lr(seed=config.seed, say=_teller(say))
     found = Found(search, _lambda_max(trainer, search, config.seed))
     folder.path.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from deltakit.training.prepare import Prepared, Say, prepare
 from deltakit.training.pretrained import load_model, with_weights
 from deltakit.training.quiet import quieten
 from deltakit.training.report import write_metrics
+from deltakit.training.reporting import keep_events_in
 from deltakit.training.settings import AUTO
 from deltakit.training.targets import choose_targets
 from deltakit.training.watch import metrics_of
@@ -103,6 +104,7 @@ def _trainer(
         **feeding(config, prepared, model),
     )
     trainer.remove_callback(PrinterCallback)  # prints to stdout, which is for results
+    keep_events_in(trainer, folder.events)
     return trainer, result
 
 

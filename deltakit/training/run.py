@@ -25,8 +25,10 @@ from deltakit.training.lr_run import known_rate, settle_rate
 from deltakit.training.memory import PeakMemory
 from deltakit.training.prepare import Say, prepare
 from deltakit.training.pretrained import with_weights
+from deltakit.training.progress import showing
 from deltakit.training.quiet import quieten
 from deltakit.training.report import plot, write_metrics
+from deltakit.training.reporting import check_trackers
 from deltakit.training.trainer import SparseTrainer
 from deltakit.training.watch import BestDelta, metrics_of
 
@@ -65,6 +67,7 @@ def train(
     if not resume:
         folder.check_free(force=force)
     quieten()
+    check_trackers(config.report_to)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     prepared = prepare(config, say)
@@ -74,19 +77,20 @@ def train(
     if not resume:
         folder.clear()
         write_file(config, folder.config)
-    trainer = build_trainer(subject, plan, folder, quiet=quiet)
+    trainer = build_trainer(subject, plan, folder)
     config = settle_rate(config, trainer, folder, say)
     memory, training = PeakMemory(), time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.interrupted is not None and trainer.state.global_step < trainer.state.max_steps:
-        return Outcome(None, trainer.interrupted, trainer.state.global_step)
-    cost = {
-        "resumed": checkpoint is not None,  # costs are then those since
-        "train_seconds": round(time.monotonic() - training, 3),
-        "peak_bytes_above_model": memory.above(),
-    }
-    save(trainer.delta(), folder.delta)
-    record = _results(config, subject, trainer, folder)
+    with showing(trainer, prepared.metric, quiet=quiet):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.interrupted is not None and trainer.state.global_step < trainer.state.max_steps:
+            return Outcome(None, trainer.interrupted, trainer.state.global_step)
+        cost = {
+            "resumed": checkpoint is not None,  # costs are then those since
+            "train_seconds": round(time.monotonic() - training, 3),
+            "peak_bytes_above_model": memory.above(),
+        }
+        save(trainer.delta(), folder.delta)
+        record = _results(config, subject, trainer, folder)
     record |= {**cost, "seconds": round(time.monotonic() - started, 3)}
     plot(record, folder.plot)
     found = record["analyses"]

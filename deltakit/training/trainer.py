@@ -20,6 +20,7 @@ from deltakit.training.calibration import TrainerCalibration
 from deltakit.training.callbacks import BudgetCheckpoints, StopOnSignal
 from deltakit.training.lr_auto import search_rate
 from deltakit.training.lr_search import LrSearch
+from deltakit.training.meter import Meter
 from deltakit.training.tuner import SparseTuner
 
 _PASSED = (
@@ -42,6 +43,9 @@ class SparseTrainer(Trainer):
     checkpoint_budgets: when
     unmasking reaches such a mark, `budget-N.sdelta` is written to `args.output_dir` and evaluated
     (`budget_results`).
+
+    Log records tell beside the Trainer's own how many entries are unmasked and the seconds of
+    training so far; those of the loss also throughput and memory (`training.meter`).
 
     SIGINT and SIGTERM end training after the current step with a checkpoint: `interrupted` is
     then the signal's number and `interrupted_checkpoint` the folder to resume from.
@@ -70,6 +74,8 @@ class SparseTrainer(Trainer):
         self.interrupted: int | None = None
         self.interrupted_checkpoint: Path | None = None
         super().__init__(model=model, args=args, **kwargs)
+        self._meter = Meter()
+        self.callback_handler.callbacks.insert(0, self._meter)
         self.add_callback(BudgetCheckpoints(self))
         self.add_callback(StopOnSignal(self))
 
@@ -86,11 +92,12 @@ class SparseTrainer(Trainer):
         rows = []
         for entry in self.state.log_history:
             if "budget_entries" in entry:
-                metrics = {k.removeprefix("budget_"): v for k, v in entry.items()}
+                told = {k: v for k, v in entry.items() if k.startswith("budget_")}
+                metrics = {k.removeprefix("budget_"): v for k, v in told.items()}
                 budget = int(metrics.pop("entries"))
-                step, _ = metrics.pop("step"), metrics.pop("epoch", None)
                 path = str(self.budget_path(budget))
-                rows.append({"budget": budget, "step": step, "metrics": metrics, "path": path})
+                row = {"budget": budget, "step": entry["step"], "metrics": metrics, "path": path}
+                rows.append(row)
         return rows
 
     def budget_path(self, budget: int) -> Path:
@@ -108,6 +115,19 @@ class SparseTrainer(Trainer):
         stopper = next(c for c in self.callback_handler.callbacks if isinstance(c, StopOnSignal))
         with stopper.listening((signal.SIGINT, signal.SIGTERM)):
             return super().train(*args, **kwargs)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Train on one batch as `Trainer.training_step`, and count it."""
+        self._meter.count(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as `Trainer.log`, with entries, seconds and, beside a loss, throughput and memory."""
+        if self._tuner is not None:
+            logs |= {"entries": self._tuner.unmasked, "seconds": round(self._meter.seconds, 3)}
+            if "loss" in logs:
+                logs |= self._meter.reading()
+        super().log(logs, start_time)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The tuner's optimizer, made when the number of training steps is known."""

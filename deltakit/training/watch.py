@@ -1,18 +1,14 @@
-"""What happens around a run's steps: progress on stderr, the log file, the best delta so far."""
+"""The best delta of a run so far, told from the metrics in the Trainer's log."""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from deltakit.formats.atomic import write_bytes
 from deltakit.formats.sdelta import save
 
 if TYPE_CHECKING:
@@ -93,86 +89,3 @@ class BestDelta(TrainerCallback):
         if math.isnan(value):
             return -math.inf
         return value if self.greater else -value
-
-
-class LogFile(TrainerCallback):
-    """RUN/log.jsonl: one JSON object per line, the Trainer's records with their steps."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the file with what a resumed run already logged, and nothing later."""
-        write_bytes(self.path, "".join(map(_line, state.log_history)).encode())
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Append the newest record."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(_line(state.log_history[-1]))
-
-
-class Progress(TrainerCallback):
-    """One line on stderr per log record; on a terminal also a line that follows every step."""
-
-    def __init__(self, trainer: SparseTrainer) -> None:
-        self.trainer = trainer
-        self.started = time.monotonic()
-        self.live = sys.stderr.isatty()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock."""
-        self.started = time.monotonic()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """On a terminal, show the step in place."""
-        if self.live:
-            sys.stderr.write(f"\r\x1b[K{self._where(state)}  {self._entries()}")
-            sys.stderr.flush()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take the line that followed the steps away."""
-        if self.live:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Say what was measured."""
-        record = state.log_history[-1]
-        metrics = metrics_of(record)
-        if metrics:
-            at = f"budget {record['budget_entries']:,.0f} " if "budget_entries" in record else ""
-            said = f"{at}evaluated: {_shown(metrics)}"
-        elif "loss" in record:
-            said = f"loss {record['loss']:.4g}  lr {record['learning_rate']:.2g}"
-        else:
-            return
-        clear = "\r\x1b[K" if self.live else ""
-        print(f"{clear}{self._where(state)}  {said}  {self._entries()}", file=sys.stderr)
-
-    def _where(self, state: TrainerState) -> str:
-        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
-        return f"{minutes:3d}:{seconds:02d}  step {state.global_step}/{state.max_steps}"
-
-    def _entries(self) -> str:
-        tuner = self.trainer.tuner
-        return f"entries {tuner.unmasked:,}/{tuner.budget:,}"
-
-
-def _shown(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-
-
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(finite(record)) + "\n"
