@@ -16,22 +16,22 @@ import deltakit
 from deltakit.formats.atomic import write_bytes
 
 _ASSETS = Path(__file__).with_name("assets")
-# In the order in which they stand in the one script, before that of the page itself.
-_SCRIPTS = ("format.js", "base.js", "axes.js", "lines.js", "bars.js", "heatmap.js", "raster.js")
+# What all pages share, in the order in which it stands in the one script of each.
+_SCRIPTS = ("format.js", "base.js", "axes.js", "lines.js", "bars.js", "heatmap.js", "joint.js")
 # JSON stands inside an element whose end, or whose comment, a name in a file could fake.
 _MARKUP = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}
 
 
-def page(title: str, data: Mapping[str, Any], script: str) -> str:
+def page(title: str, data: Mapping[str, Any], *scripts: str) -> str:
     """The document that shows `data`, as text.
 
     title: of the window and the first heading. data: JSON values, arrays of NumPy and paths; NaN and
-    infinities become null. script: name of the asset that draws it, such as "delta.js". Nothing is
-    loaded from anywhere, and the document's own policy (CSP level 3, by hashes) lets no script or
-    style run but these.
+    infinities become null. scripts: names of the assets that draw it, such as "delta.js". Nothing
+    is loaded from anywhere, and the document's own policy (CSP level 3, by hashes) lets no script
+    or style run but these.
     """
     style = _asset("page.css")
-    code = "".join(_asset(name) for name in (*_SCRIPTS, script))
+    code = "".join(_asset(name) for name in (*_SCRIPTS, *scripts))
     text = json.dumps(_plain(data), separators=(",", ":"), allow_nan=False)
     return Template(_asset("page.html")).substitute(
         title=escape(_printable(title)),

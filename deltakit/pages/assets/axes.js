@@ -30,7 +30,7 @@ function ticks(from, to, count, { log, whole } = {}) {
 function logTicks(from, to, count) {
   const first = Math.ceil(Math.log10(from) - 1e-9), last = Math.floor(Math.log10(to) + 1e-9);
   const stride = Math.max(1, Math.ceil((last - first + 1) / count));
-  const factors = (last - first) * 3 < count ? [1, 2, 5] : [1];
+  const factors = last - first < 3 && (last - first) * 3 < count ? [1, 2, 5] : [1];
   const found = [];
   for (let power = Math.floor((first - 1) / stride) * stride; power <= last; power += stride) {
     found.push(...factors.map((factor) => factor * 10 ** power));
@@ -53,7 +53,7 @@ function domain(values, { log, min, max } = {}) {
 
 /** A drawing with two axes. x, y: {label, log, whole, from, to}; top: pixels kept free above. */
 function frame(width, height, x, y, top = 0) {
-  const upper = 26 + top, lower = height - 42;
+  const upper = 30 + top, lower = height - 42;
   const yTicks = ticks(y.from, y.to, Math.floor((lower - upper) / 38), y);
   const left = 14 + TEXT_WIDTH * Math.max(1, ...yTicks.map((value) => axisText(y, value).length));
   const right = width - 14;
@@ -92,7 +92,8 @@ function fitting(axis, count, toX) {
 
 /**
  * A box that draws itself anew for every width. draw(width) gives the frame and the stops at which
- * it can be read: [{x: pixels, text}], in rising order. Pointer and arrow keys go from stop to stop.
+ * it can be read, [{x: pixels, text}] in rising order; those of a map also have y and a guide of
+ * their own, and stand in rows of `stride`. Pointer and arrow keys go from stop to stop.
  */
 function plot(label, draw) {
   const holder = el("div", { class: "drawing" });
@@ -104,21 +105,23 @@ function plot(label, draw) {
     drawn.frame.root.querySelector(".guide")?.remove();
     readout.textContent = index < 0 ? "" : visible(drawn.stops[index].text);
     if (index < 0) return;
-    const { x } = drawn.stops[index];
-    drawn.frame.root.append(svg("line", { class: "guide", x1: x, x2: x, y1: drawn.frame.upper, y2: drawn.frame.lower }));
+    const { x, guide } = drawn.stops[index], { root, upper, lower } = drawn.frame;
+    root.append(guide ? guide() : svg("line", { class: "guide", x1: x, x2: x, y1: upper, y2: lower }));
   };
   box.addEventListener("pointermove", (event) => {
     if (!drawn?.stops.length) return;
-    const bounds = drawn.frame.root.getBoundingClientRect();
-    show(nearest(drawn.stops, ((event.clientX - bounds.left) * drawn.width) / bounds.width));
+    const bounds = drawn.frame.root.getBoundingClientRect(), size = drawn.width / bounds.width;
+    show(nearest(drawn.stops, (event.clientX - bounds.left) * size, (event.clientY - bounds.top) * size));
   });
   box.addEventListener("pointerleave", () => drawn && show(-1));
   box.addEventListener("blur", () => drawn && show(-1));
   box.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
-    if (!step || !drawn?.stops.length) return;
+    if (!drawn?.stops.length) return;
+    const rows = drawn.stride ?? 0, last = drawn.stops.length - 1;
+    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -rows, ArrowDown: rows, Home: -last, End: last }[event.key];
+    if (!step) return;
     event.preventDefault();
-    show(Math.max(0, Math.min(drawn.stops.length - 1, at + step)));
+    show(Math.max(0, Math.min(last, at + step)));
   });
   new ResizeObserver(([{ contentRect }]) => {
     const width = Math.floor(contentRect.width);
@@ -130,12 +133,9 @@ function plot(label, draw) {
   return el("div", {}, box, readout);
 }
 
-function nearest(stops, x) {
-  let best = 0;
-  stops.forEach((stop, i) => {
-    if (Math.abs(stop.x - x) < Math.abs(stops[best].x - x)) best = i;
-  });
-  return best;
+function nearest(stops, x, y) {
+  const apart = (stop) => Math.abs(stop.x - x) + (stop.y === undefined ? 0 : Math.abs(stop.y - y));
+  return stops.reduce((best, stop, i) => (apart(stop) < apart(stops[best]) ? i : best), 0);
 }
 
 /** What stands for each series: a piece of its line, or of its bar. */

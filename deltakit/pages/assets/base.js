@@ -45,7 +45,9 @@ function section(title, ...children) {
 /** Figures to read first. */
 function cards(facts) {
   const card = ({ label, value, note }) =>
-    el("div", {}, el("dt", {}, label), el("dd", {}, value), note ? el("dd", { class: "note" }, note) : null);
+    el("div", {}, el("dt", {}, label),
+      el("dd", { class: String(value).length > 12 ? "long" : null }, value),
+      note ? el("dd", { class: "note" }, note) : null);
   return el("dl", { class: "cards" }, facts.map(card));
 }
 
@@ -54,7 +56,14 @@ function figure({ title, about, node, table: numbers }) {
   return el("figure", {},
     el("figcaption", {}, el("h3", {}, title), about ? el("p", {}, about) : null),
     node,
-    numbers ? el("details", {}, el("summary", {}, "As a table"), numbers) : null);
+    numbers ? folded("As a table", numbers) : null);
+}
+
+/** What unfolds under a line of text, and is not part of the page before. */
+function folded(title, ...children) {
+  const box = el("details", {}, el("summary", {}, title));
+  box.addEventListener("toggle", () => box.append(...children), { once: true });
+  return box;
 }
 
 /** Rows of text, numbers or nodes. right: positions of the columns that hold numbers. */
@@ -82,7 +91,8 @@ function scrollable(node, label) {
       else box.removeAttribute(name);
     }
   };
-  new ResizeObserver(update).observe(box);
+  const observer = new ResizeObserver(update);
+  for (const part of [box, node]) observer.observe(part);
   return box;
 }
 

@@ -31,9 +31,9 @@ function paint(cell, share) {
  * A table of coloured cells. rows, columns: their names; values: [rows][columns], null where a cell
  * is empty; format: writes a value; label: what the table is called; scale: {label, log, min, max};
  * pick(row, column): called for a cell by a click or Enter. Arrow keys move. holds(row, column): for
- * cells without a value that can be picked all the same.
+ * cells without a value that can be picked all the same; empty: what the others are called.
  */
-function heatmap({ rows, columns, values, format: write, label, scale: colours = {}, pick, holds = () => false }) {
+function heatmap({ rows, columns, values, format: write, label, scale: colours = {}, pick, holds = () => false, empty = "no tensor" }) {
   const shade = shades(values.flat(), colours);
   const readout = el("p", { class: "readout" });
   const grid = el("table", { class: "heat", role: "grid", "aria-label": label },
@@ -41,7 +41,7 @@ function heatmap({ rows, columns, values, format: write, label, scale: colours =
       el("th", { scope: "col", title: name }, el("span", {}, name))))),
     el("tbody", {}, rows.map((name, r) => el("tr", {},
       el("th", { scope: "row", title: name }, el("span", {}, name)),
-      columns.map((_, c) => heatCell(values[r][c], write, shade, holds(r, c), columns.length))))));
+      columns.map((_, c) => heatCell(values[r][c], write, shade, holds(r, c), empty, columns.length))))));
   const cells = [...grid.tBodies[0].rows].map((row) => [...row.cells].slice(1));
   cells[0]?.[0]?.setAttribute("tabindex", 0);
   const find = (target) => {
@@ -49,7 +49,7 @@ function heatmap({ rows, columns, values, format: write, label, scale: colours =
     return cell ? [cell.parentNode.rowIndex - 1, cell.cellIndex - 1] : null;
   };
   const tell = ([r, c]) => {
-    const told = values[r][c] === null ? (holds(r, c) ? "unknown" : "no tensor") : write(values[r][c]);
+    const told = values[r][c] === null ? (holds(r, c) ? "unknown" : empty) : write(values[r][c]);
     readout.textContent = visible(`${rows[r]} · ${columns[c]}: ${told}`);
   };
   const choose = ([r, c]) => {
@@ -74,9 +74,9 @@ function heatmap({ rows, columns, values, format: write, label, scale: colours =
   return el("div", {}, scrollable(grid, label), readout, colourKey(shade, write, colours));
 }
 
-function heatCell(value, write, shade, held, columns) {
+function heatCell(value, write, shade, held, empty, columns) {
   const known = value !== null && value !== undefined;
-  const told = known ? write(value) : held ? "unknown" : "no tensor";
+  const told = known ? write(value) : held ? "unknown" : empty;
   const cell = el("td", { role: "gridcell", tabindex: -1, class: known ? null : held ? "unknown" : "none",
     "aria-label": told }, columns <= 12 ? (known ? told : held ? "?" : "") : "");
   if (known) paint(cell, shade.share(value));

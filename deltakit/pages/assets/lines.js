@@ -27,7 +27,7 @@ function lines({ series, x, y, marks = [], step = false }) {
     const height = Math.max(220, Math.min(340, Math.round(width * 0.42)));
     const box = frame(width, height, { ...x, from: xFrom, to: xTo }, { ...y, from: yFrom, to: yTo },
       marks.length ? 16 * (Math.max(...rows) + 1) : 0);
-    marks.forEach((mark, i) => box.root.append(drawnMark(mark, box, 40 + 16 * rows[i] - 2, width)));
+    marks.forEach((mark, i) => box.root.append(drawnMark(mark, box, 34 + 16 * rows[i], width)));
     series.forEach((one, i) => box.root.append(drawnLine(drawable(one), box, i, step)));
     return { frame: box, stops: lineStops(series, x, y, box) };
   };
