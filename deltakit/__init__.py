@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from deltakit.sparse_arrays import to_vllm as to_vllm
     from deltakit.stacking import stack as stack
     from deltakit.training.calibration import Batches as Batches
+    from deltakit.training.functions import evaluate as evaluate
+    from deltakit.training.functions import train as train
     from deltakit.training.lr_search import find_lr as find_lr
     from deltakit.training.trainer import SparseTrainer as SparseTrainer
     from deltakit.training.tuned_stack import tune_weights as tune_weights
@@ -108,6 +110,7 @@ _EXPORTS = {
     "convert": "deltakit.conversion",
     "diff": "deltakit.diffing.diff",
     "distances": "deltakit.analyses",
+    "evaluate": "deltakit.training.functions",
     "find_lr": "deltakit.training.lr_search",
     "from_scipy": "deltakit.sparse_arrays",
     "from_torch": "deltakit.sparse_arrays",
@@ -130,6 +133,7 @@ _EXPORTS = {
     "to_scipy": "deltakit.sparse_arrays",
     "to_torch": "deltakit.sparse_arrays",
     "to_vllm": "deltakit.sparse_arrays",
+    "train": "deltakit.training.functions",
     "truncate": "deltakit.truncation",
     "tune_weights": "deltakit.training.tuned_stack",
     "unmasking_history": "deltakit.analyses",

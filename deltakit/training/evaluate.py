@@ -15,8 +15,8 @@ from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError, DataError
 from deltakit.formats.atomic import write_bytes
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.formats.sdelta import load
 from deltakit.live.apply import apply
+from deltakit.merging.inputs import Given, read_inputs
 from deltakit.quantized.scheme import Quantization
 from deltakit.training.collate import Collator
 from deltakit.training.config import TrainConfig, describe
@@ -194,7 +194,7 @@ class Evaluator:
 
 def evaluate(
     config: EvaluateConfig,
-    deltas: Sequence[str | Path] = (),
+    deltas: Given | Sequence[Given] = (),
     *,
     split: str | None = None,
     predictions: Path | None = None,
@@ -203,13 +203,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Load a base, apply deltas in order, and evaluate it; the result as for `--json`.
 
-    split: "validation" by default where the data has one, else all of its only split; a
-    validation split that the data lacks is held out as in training. predictions: a JSONL file to
-    write, one line per example with prediction, label and the sha256 of its logits; with it, the
-    result carries one sha256 over all logits. Data and deltas are checked before the model is
-    loaded. Raises the typed errors of `deltakit.errors`.
+    deltas: SparseDelta objects or `.sdelta` files. split: "validation" by default where the data
+    has one, else all of its only split; a validation split that the data lacks is held out as in
+    training. predictions: a JSONL file to write, one line per example with prediction, label and
+    the sha256 of its logits; with it, the result carries one sha256 over all logits. Data and
+    deltas are checked before the model is loaded. Raises the typed errors of `deltakit.errors`.
     """
-    loaded = [load(path) for path in deltas]
+    inputs = read_inputs(deltas) if not isinstance(deltas, Sequence) or deltas else []
+    loaded = [each.delta for each in inputs]
     ready = Evaluator.of(config, loaded, split, say)
     if loaded:
         apply(ready.model, loaded, base=ready.base, allow_base_mismatch=allow_base_mismatch)
@@ -218,7 +219,7 @@ def evaluate(
         _write_predictions(ready.problem, found, predictions)
     return {
         "model": config.model,
-        "deltas": [str(path) for path in deltas],
+        "deltas": [each.label for each in inputs],
         "entries": sum(delta.nnz for delta in loaded),
         "task": config.task,
         "data": config.data,

@@ -6,7 +6,8 @@ only description, from which the checks, the command line and the saved file are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, nan
 from typing import Any
@@ -25,11 +26,13 @@ class Kind:
 
     parse: any given value -> the checked value; raises ValueError saying what was expected.
     metavar: the placeholder in the help. many: the value is a tuple, and its flag may be repeated.
+    names: what a shell offers where names are taken; without importing torch.
     """
 
     parse: Callable[[Any], Any]
     metavar: str
     many: bool = False
+    names: Callable[[], Iterable[str]] = tuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,9 @@ def setting(default: Any, kind: Kind, group: str, about: str) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def text(metavar: str = "TEXT") -> Kind:
-    """Any text."""
-    return Kind(_text, metavar)
+def text(metavar: str = "TEXT", names: Callable[[], Iterable[str]] = tuple) -> Kind:
+    """Any text; names: some that are known."""
+    return Kind(_text, metavar, names=names)
 
 
 def whole(least: int) -> Kind:
@@ -90,7 +93,7 @@ def learning_rate() -> Kind:
         rate: float = positive.parse(value)
         return rate
 
-    return Kind(parse, "X|auto")
+    return Kind(parse, "X|auto", names=lambda: (AUTO,))
 
 
 def option() -> Kind:
@@ -144,11 +147,16 @@ def yes_or_no() -> Kind:
             raise ValueError("expected true or false")
         return known
 
-    return Kind(parse, "true|false")
+    return Kind(parse, "true|false", names=lambda: ("true", "false"))
 
 
-def choice(names: Callable[[], Sequence[str]], metavar: str = "NAME") -> Kind:
-    """One of some names, asked for only when needed."""
+def choice(
+    names: Callable[[], Sequence[str]],
+    metavar: str = "NAME",
+    quick: Callable[[], Iterable[str]] | None = None,
+) -> Kind:
+    """One of some names, asked for only when needed. quick: the names as a shell offers them, where
+    asking for all would import torch."""
 
     def parse(value: Any) -> str:
         known = list(names())
@@ -156,7 +164,7 @@ def choice(names: Callable[[], Sequence[str]], metavar: str = "NAME") -> Kind:
             raise ValueError(f"expected one of {', '.join(known)}{nearest(str(value), known)}")
         return str(value)
 
-    return Kind(parse, metavar)
+    return Kind(parse, metavar, names=quick or names)
 
 
 def many(kind: Kind, separator: str = "") -> Kind:
@@ -171,7 +179,8 @@ def many(kind: Kind, separator: str = "") -> Kind:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(kind.parse(item) for item in items)
 
-    return Kind(parse, kind.metavar + (f"{separator}..." if separator else ""), many=True)
+    metavar = kind.metavar + (f"{separator}..." if separator else "")
+    return Kind(parse, metavar, many=True, names=kind.names)
 
 
 def parse_setting(name: str, described: Setting, value: Any) -> Any:
@@ -185,6 +194,8 @@ def parse_setting(name: str, described: Setting, value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, os.PathLike):
+        return str(os.fspath(value))
     if not isinstance(value, (str, int, float)) or isinstance(value, bool) or value == "":
         raise ValueError("expected text")
     return str(value)
