@@ -1,6 +1,6 @@
 """Pretrain the small BERT that `deltakit demo` uses, on text of Python's standard library.
 
-    OMP_NUM_THREADS=1 python examples/pretrain_tiny.py --output deltakit/demo_data/base
+    OMP_NUM_THREADS=1 python examples/embedded/pretrain_tiny.py --output deltakit/demo_data/base
 
 Masked-language modelling as in BERT (Devlin et al., 2019) over paragraphs of docstrings, comments
 and help topics. One paragraph in eight, chosen by hash, is never seen: those give the held-out

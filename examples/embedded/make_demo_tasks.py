@@ -1,6 +1,6 @@
 """Make the two text-classification tasks of `deltakit demo` from Python's standard library.
 
-    python examples/make_demo_tasks.py --output deltakit/demo_data/tasks
+    python examples/embedded/make_demo_tasks.py --output deltakit/demo_data/tasks
 
 family: which part of the library a docstring paragraph comes from (6 classes).
 kind: what a paragraph is: the docstring of a function, of a class, a comment, or the message of an
