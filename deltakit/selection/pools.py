@@ -68,6 +68,10 @@ class Pools:
             if largest > 0 and largest >= self.score.least_gradient(pool.threshold, *bounds):
                 self._offer_part(pool, tensor, part, scored, weight, start, bounds)
 
+    def magnitude(self, gradient: torch.Tensor) -> torch.Tensor:
+        """|what is scored| of a gradient [R, C], flat float32."""
+        return torch.cat([scored.abs() for _, _, scored in self._parts(gradient)])
+
     def _parts(self, gradient: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Pieces that stay within a core's cache: flat start, gradient [n], what is scored [n]."""
         size = 2**18 if gradient.device.type == "cpu" else 2**24
@@ -159,6 +163,10 @@ class PoolSelector(Selector):
     ) -> None:
         """Score one tensor's gradient; see `Pools.offer`."""
         self._pools.offer(tensor, gradient, weight, bounds, where)
+
+    def magnitude(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The size of what is scored."""
+        return self._pools.magnitude(gradient)
 
 
 def _where_at_least(magnitude: torch.Tensor, bound: float) -> torch.Tensor:

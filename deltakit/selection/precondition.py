@@ -36,10 +36,9 @@ def factored_rms(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _mean_square(gradient: torch.Tensor, dim: int) -> torch.Tensor:
-    norm: torch.Tensor = torch.linalg.vector_norm(
-        gradient, dim=dim, keepdim=True, dtype=torch.float32
-    )
-    return norm.square() / gradient.shape[dim]
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dim=dim, keepdim=True, dtype=wide)
+    return (norm.square() / gradient.shape[dim]).float()
 
 
 def _reciprocal(values: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,8 @@ import torch
 from deltakit.dtypes import Array
 from deltakit.errors import TrainingError
 from deltakit.gradient_hooks import after_accumulation
+from deltakit.parallel.averaging import Averaging, Exchange
+from deltakit.parallel.ranks import Ranks
 from deltakit.selection.methods import Change, Selector
 from deltakit.training.entries import Entries, Target
 from deltakit.training.entries_state import restore_state, state_of
@@ -34,6 +36,8 @@ class Engine:
     accumulation_steps: backward passes per optimizer step. Selection needs the gradient summed
     over all of them, so a step that selects keeps dense gradients until the last pass; a step on
     a fixed support frees every one at once.
+    ranks: the processes that train together, whose gradients are averaged; exchange: how those of
+    a selection are (see `Averaging`).
     """
 
     def __init__(
@@ -47,6 +51,8 @@ class Engine:
         buffers: Mapping[str, torch.Tensor] | None = None,
         accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
+        ranks: Ranks | None = None,
+        exchange: Exchange = "exact",
     ) -> None:
         self.entries = entries
         self.buffers = dict(buffers or {})
@@ -70,6 +76,7 @@ class Engine:
         for target in entries.targets:
             target.parameter.requires_grad_()  # torch refuses hooks on frozen tensors
         self._hooks = [after_accumulation(t.parameter, self._hook(t)) for t in entries.targets]
+        self.averaging = None if ranks is None else self._averaging(ranks, exchange)
         self._change_ahead()
         self._freeze_untrained()
 
@@ -95,6 +102,10 @@ class Engine:
             for target in self.entries.targets:
                 if target.parameter.grad is not None:
                     self._consume(target)
+            if self.averaging:
+                if self.selecting:
+                    self.averaging.finish_dense()
+                self.averaging.average_step()
             if self.selecting:
                 self._begin()
                 assert self.selector is not None
@@ -109,6 +120,8 @@ class Engine:
         self.entries.write_through()
         for extra in self.extras:
             extra.write_through()
+        if self.averaging:
+            self.averaging.share_buffers(list(self.buffers.values()))
         was_selecting = self.selecting
         self.step += 1
         self.clear_gradients()
@@ -207,15 +220,36 @@ class Engine:
                 f"{self.accumulation_steps} between two optimizer steps; pass the real number"
             )
         self._offered[target.number] = True
+        if self.averaging:
+            self.averaging.dense(target, flat)
+        else:
+            self._offer(target, flat)
+
+    def _offer(self, target: Target, flat: torch.Tensor) -> None:
+        """Let the selector score a tensor's dense gradient, [numel]."""
         self._begin()
         assert self.selector is not None
         taken = [] if self.selector.competes else [target.indices]
         for indices in (target.forbidden, *taken):
             if len(indices):
                 flat.index_fill_(0, indices, 0)
-        matrix = flat.view(gradient.shape[0] if gradient.ndim > 1 else 1, -1)
+        matrix = flat.view(target.shape[0] if len(target.shape) > 1 else 1, -1)
         bounds = self._bounds[target.number]
         self.selector.offer(target.number, matrix, target.weights(), bounds, target.live_name)
+
+    def _averaging(self, ranks: Ranks, exchange: Exchange) -> Averaging:
+        numbers = {id(target.parameter): target.number for target in self.entries.targets}
+        parameters = [] if self.model is None else list(self.model.parameters())
+        forward = [numbers.pop(id(p)) for p in parameters if id(p) in numbers]
+        return Averaging(
+            ranks,
+            self.entries,
+            self.extras,
+            exchange=exchange,
+            offer=self._offer,
+            magnitude=self.selector.magnitude if self.selector else torch.abs,
+            order=[*forward, *numbers.values()][::-1],
+        )
 
     def _begin(self) -> None:
         if not self._began:

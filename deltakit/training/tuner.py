@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deltakit.delta import SparseDelta
-from deltakit.errors import ConfigError, TrainingError
+from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.live.arrays import to_numpy
 from deltakit.live.coordinates import (
@@ -22,6 +22,9 @@ from deltakit.live.coordinates import (
     saved_buffers,
 )
 from deltakit.live.translation import settled
+from deltakit.parallel.agreement import check_agreement
+from deltakit.parallel.averaging import Exchange
+from deltakit.parallel.ranks import Ranks
 from deltakit.quantized.layers import quantization_of
 from deltakit.selection.fixed import Unresolved, resolved
 from deltakit.selection.methods import Method
@@ -67,6 +70,8 @@ class SparseTuner:
     adapter: an adapter attached to the model (`dk.attach`), whose tensors alone are trained then, from
     their initial values. masked: what its entries outside the support are, "initial" (as any
     weight that is not chosen) or "zero" (SparseAdapter, He et al. 2022).
+    exchange: under an initialised default group of torch.distributed, whose ranks' gradients are
+    averaged, how a step that selects does so: "exact" or by "candidates" (see `Averaging`).
     model_id, revision, config, provenance: recorded in the delta.
 
     Raises ConfigError, BudgetError, CoordinateError or BaseMismatchError before anything changes.
@@ -98,12 +103,12 @@ class SparseTuner:
         calibration: Calibration | None = None,
         adapter: Attached | None = None,
         masked: Masked = "initial",
+        exchange: Exchange = "exact",
         model_id: str | None = None,
         revision: str | None = None,
         config: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        _refuse_several_processes()
         if accumulation_steps < 1:
             raise ConfigError(f"accumulation_steps must be at least 1, found {accumulation_steps}")
         self.model = model
@@ -149,6 +154,7 @@ class SparseTuner:
         enter(start.support, entries)
         for name, parameter in live.items():
             parameter.requires_grad_(name in set(extra_names))
+        ranks = Ranks.together()
         self.engine = Engine(
             entries,
             kept,
@@ -158,8 +164,12 @@ class SparseTuner:
             buffers=buffers,
             accumulation_steps=accumulation_steps,
             max_grad_norm=max_grad_norm,
+            ranks=ranks,
+            exchange=exchange,
         )
         entries.write_through()
+        if ranks:
+            check_agreement(ranks, entries, kept)
         self.optimizer = make_optimizer(
             self.engine,
             optimizer,
@@ -271,9 +281,3 @@ def _refuse_rearranged(extras: Sequence[str], where: Coordinates) -> None:
                 f"tensor {name!r} is held rearranged by the checkpoint (such as in "
                 f"{where.regions[name][0].stored!r}) and cannot be an extra; train entries of it"
             )
-
-
-def _refuse_several_processes() -> None:
-    group = torch.distributed
-    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
-        raise TrainingError("training on several processes is not supported yet")

@@ -1,0 +1,1 @@
+"""Training one model in several processes: what they exchange, and how little of it."""
