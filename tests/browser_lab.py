@@ -22,7 +22,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
-_TIMEOUT = 30  # seconds for a page or a script; a loaded machine takes a few
+_TIMEOUT = 30  # seconds for a page to load; a loaded machine takes a few
+_SCRIPT_TIMEOUT = 120  # axe takes its time with thousands of cells
 _SIZE = (1280, 900)  # CSS pixels
 _OPTIONS = [
     "--headless=new",
@@ -177,7 +178,7 @@ def started(paths: tuple[str, str], folder: Path) -> Iterator[Browser]:
     running = Chrome(options, Service(driver, env={**os.environ, **home}))
     try:
         running.set_page_load_timeout(_TIMEOUT)
-        running.set_script_timeout(_TIMEOUT)
+        running.set_script_timeout(_SCRIPT_TIMEOUT)
         yield Browser(running)
     finally:
         try:
