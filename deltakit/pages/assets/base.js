@@ -51,6 +51,11 @@ function cards(facts) {
   return el("dl", { class: "cards" }, facts.map(card));
 }
 
+/** Parts of a section side by side, as far as there is room. */
+function beside(...parts) {
+  return el("div", { class: "beside" }, parts.map((part) => el("div", {}, part)));
+}
+
 /** A chart under its title. about: one sentence that tells what it shows. table: its numbers. */
 function figure({ title, about, node, table: numbers }) {
   return el("figure", {},
@@ -74,11 +79,10 @@ function table(heads, rows, { right = [], label = heads.join(", ") } = {}) {
   return scrollable(el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, body)), label);
 }
 
-/** Names and what is known of them, as a table of two columns. */
+/** Names and what is known of them, in as many columns as there is room for. */
 function facts(pairs) {
-  const rows = pairs.map(([name, value]) =>
-    el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, value)));
-  return el("table", { class: "facts" }, el("tbody", {}, rows));
+  return el("dl", { class: "facts" }, pairs.map(([name, value]) =>
+    el("div", {}, el("dt", {}, name), el("dd", {}, value))));
 }
 
 /** A box that scrolls by itself; it can be focused while it has something to scroll. */

@@ -14,7 +14,7 @@ function summary() {
     : { label: "Density", value: format.percent(data.density_of_base), note: `of the base; ${format.percent(data.density_of_touched)} of the ${whole}` });
   found.push({ label: "File", value: format.bytes(data.bytes.file), note: data.entries ? `${bitsPerEntry(data.bytes.file)} bits per entry` : null });
   if (data.entries) {
-    found.push({ label: "Place of an entry", value: `${format.number(data.bits_per_index)} bits`, note: `the entropy of the supports is ${format.number(data.entropy_bits_per_index)}` });
+    found.push({ label: "Bits per index", value: data.bits_per_index.toFixed(2), note: `entropy of the supports ${data.entropy_bits_per_index.toFixed(2)}` });
   }
   if (told.method) found.push({ label: "Method", value: told.method, note: told.lr ? `rate ${told.lr}${told.task ? `, ${told.task}` : ""}` : told.task });
   found.push(base === null
@@ -117,19 +117,27 @@ function training() {
   const parts = [];
   if (data.unmasking) {
     const { steps, kinds } = data.unmasking;
-    const names = Object.keys(kinds);
+    const names = Object.keys(kinds), short = withoutCommon(names);
     parts.push(figure({
       title: "Entries over the steps of training",
       about: "How many of the entries in this delta had joined by each step, by kind of tensor.",
-      node: lines({ series: names.map((name) => ({ name, x: steps, y: kinds[name] })), x: { label: "step", whole: true }, y: { label: "entries", whole: true, min: 0 }, step: true }),
+      node: lines({ series: names.map((name, i) => ({ name: short[i], x: steps, y: kinds[name] })), x: { label: "step", whole: true }, y: { label: "entries", whole: true, min: 0 }, step: true }),
       table: table(["step", ...names], steps.map((step, i) => [format.count(step), ...names.map((name) => format.count(kinds[name][i]))]), { right: [0, ...names.map((_, i) => i + 1)], label: "Entries by step and kind" }),
     }));
   } else if (!data.remote && data.entries) {
     const { first_step: step } = data.changes;
     parts.push(el("p", { class: "soft" }, step === null ? "This delta does not record when its entries joined." : `All entries joined at step ${format.count(step)}.`));
   }
-  if (data.run) parts.push(runFigure(data.run));
+  if (data.run && data.run.entries.length > 1) parts.push(runFigure(data.run));
   if (parts.length) add(section("Over training", ...parts));
+}
+
+/** Names without the parts with which all of them that have several parts begin. */
+function withoutCommon(names) {
+  const parts = names.filter((name) => name.includes(".")).map((name) => name.split("."));
+  let common = 0;
+  while (parts.length > 1 && parts.every((each) => each.length > common + 1 && each[common] === parts[0][common])) common += 1;
+  return names.map((name) => (name.includes(".") ? name.split(".").slice(common).join(".") : name));
 }
 
 function runFigure({ metric, entries, steps, values, files, at }) {

@@ -4,6 +4,9 @@
 const CIVIDIS = ["00224e", "083370", "35456c", "4f576c", "666970", "7d7c78", "948e77", "aea371", "c8b866", "e5cf52", "fee838"]
   .map((code) => [0, 2, 4].map((at) => parseInt(code.slice(at, at + 2), 16)));
 
+const NUMBERED = 12; // columns up to which cells show their numbers
+const TALL = 48; // rows up to which a table stands on the page at its full height
+
 /** Red, green and blue of a share in [0, 1]. */
 function cividis(share) {
   const place = Math.max(0, Math.min(1, share)) * (CIVIDIS.length - 1);
@@ -17,7 +20,7 @@ function shades(values, { log, min, max } = {}) {
   const least = min ?? told.reduce((a, b) => Math.min(a, b), Infinity);
   const most = max ?? told.reduce((a, b) => Math.max(a, b), -Infinity);
   const place = scale(least, most, 0, 1, log);
-  return { least, most, share: (x) => (log && x <= 0 ? 0 : least === most ? 0.5 : place(x)) };
+  return { least, most, lowest: 0, share: (x) => (log && x <= 0 ? 0 : least === most ? 0.5 : place(x)) };
 }
 
 function paint(cell, share) {
@@ -36,7 +39,8 @@ function paint(cell, share) {
 function heatmap({ rows, columns, values, format: write, label, scale: colours = {}, pick, holds = () => false, empty = "no tensor" }) {
   const shade = shades(values.flat(), colours);
   const readout = el("p", { class: "readout" });
-  const grid = el("table", { class: "heat", role: "grid", "aria-label": label },
+  const size = `${columns.length > NUMBERED ? " dense" : ""}${rows.length > TALL ? " tall" : ""}`;
+  const grid = el("table", { class: `heat${size}`, role: "grid", "aria-label": label },
     el("thead", {}, el("tr", {}, el("td", {}), columns.map((name) =>
       el("th", { scope: "col", title: name }, el("span", {}, name))))),
     el("tbody", {}, rows.map((name, r) => el("tr", {},
@@ -44,6 +48,7 @@ function heatmap({ rows, columns, values, format: write, label, scale: colours =
       columns.map((_, c) => heatCell(values[r][c], write, shade, holds(r, c), empty, columns.length))))));
   const cells = [...grid.tBodies[0].rows].map((row) => [...row.cells].slice(1));
   cells[0]?.[0]?.setAttribute("tabindex", 0);
+  grid.style.width = `${14 + 5 * columns.length}rem`; // wide cells where there is room
   const find = (target) => {
     const cell = target.closest("td[role=gridcell]");
     return cell ? [cell.parentNode.rowIndex - 1, cell.cellIndex - 1] : null;
@@ -78,7 +83,7 @@ function heatCell(value, write, shade, held, empty, columns) {
   const known = value !== null && value !== undefined;
   const told = known ? write(value) : held ? "unknown" : empty;
   const cell = el("td", { role: "gridcell", tabindex: -1, class: known ? null : held ? "unknown" : "none",
-    "aria-label": told }, columns <= 12 ? (known ? told : held ? "?" : "") : "");
+    "aria-label": told }, columns <= NUMBERED ? (known ? told : held ? "?" : "") : "");
   if (known) paint(cell, shade.share(value));
   return cell;
 }
@@ -102,7 +107,7 @@ function colourKey(shade, write, { label, log }) {
   if (!Number.isFinite(shade.least)) return el("p", { class: "key" }, "Nothing is known here.");
   const strip = el("span", { class: "strip", "aria-hidden": "true" }, Array.from({ length: 24 }, (_, i) => {
     const piece = el("span", {});
-    paint(piece, i / 23);
+    paint(piece, shade.lowest + ((1 - shade.lowest) * i) / 23);
     return piece;
   }));
   return el("p", { class: "key" }, `${label ?? ""} ${write(shade.least)} `, strip, ` ${write(shade.most)}${log ? ", logarithmic" : ""}`);

@@ -5,7 +5,7 @@
  * without entries stay empty.
  */
 function joint({ cells, rows, columns }) {
-  const shade = shades(cells.flat(), { log: true });
+  const shade = countShades(cells.flat());
   const draw = (width) => {
     const side = Math.max(48, Math.min(90, width * 0.16));
     const left = 14 + TEXT_WIDTH * Math.max(...ticks(0, rows.size, 5, { whole: true }).map((n) => format.short(n).length));
@@ -28,7 +28,7 @@ function joint({ cells, rows, columns }) {
       sideTicks(rows, toY, Math.floor(tall / 40)).map((n) => svg("text", { x: left - 7, y: toY(n) + 4, "text-anchor": "end" }, format.short(n))),
       svg("text", { class: "label", x: 0, y: top - 8 }, rows.label),
       svg("text", { class: "label", x: left + wide, y: top + tall + 36, "text-anchor": "end" }, columns.label),
-      svg("text", { x: left, y: 12 }, `entries, at most ${format.count(Math.max(...columns.sums))} here and ${format.count(Math.max(...rows.sums))} beside`));
+      svg("text", { x: left, y: 12 }, `up to ${format.count(Math.max(...columns.sums))} entries per column of cells, ${format.count(Math.max(...rows.sums))} per row`));
     const stops = cells.flatMap((row, r) => row.map((count, c) => {
       const [x, y] = [at(c, columns, toX), at(r, rows, toY)];
       return { x: x + span(c, columns, toX) / 2, y: y + span(r, rows, toY) / 2,
@@ -38,6 +38,13 @@ function joint({ cells, rows, columns }) {
     return { frame: { root }, stops, stride: columns.sums.length };
   };
   return el("div", {}, plot(`Map of entries over ${rows.label} and ${columns.label}.`, draw), colourKey(shade, format.count, { label: "entries per cell", log: true }));
+}
+
+/** Shades of counts from 1 on, of which the least still stands out from an empty cell. */
+function countShades(counts) {
+  const most = Math.max(1, ...counts);
+  const share = (count) => (most === 1 ? 0.6 : Math.log1p(count) / Math.log1p(most));
+  return { least: 1, most, lowest: share(1), share };
 }
 
 function sideScale(sums, start, end) {

@@ -25,23 +25,45 @@ function meter(share) {
 }
 
 function records() {
-  const { adapter, extras, base, config, provenance } = data;
-  if (adapter) {
-    const rules = Object.entries(adapter.initial).map(([name, rule]) => `${name} ${valueText(rule)}`).join(", ");
-    add(section("Adapter", facts([["Kind", adapter.kind], ["Kept", `${format.percent(adapter.kept)} of ${format.count(adapter.weights)} weights`],
-      ["Seed", adapter.seed], ["Initial values", rules], ["Check value", adapter.check], ["Stands at", `${plural(adapter.stands_at, "tensor")} of the base, fingerprinted`],
-      ...Object.entries(adapter.config).filter(([, value]) => value !== null).map(([name, value]) => [name, valueText(value)])]),
-      folded(plural(adapter.modules.length, "module"), table(["module"], adapter.modules.map((name) => [name])))));
-  }
-  if (extras.length) {
-    add(section("Extras", el("p", { class: "soft" }, "Whole tensors, stored beside the entries and outside the budget."),
-      table(["tensor", "shape", "dtype"], extras.map((one) => [one.name, shape(one.shape), one.dtype]))));
-  }
-  const known = base === null ? [] : [["Model", base.model_id ?? "no id recorded"], ["Revision", base.revision ?? "not recorded"],
-    ["Weights", base.total_weights === null ? "not recorded" : format.count(base.total_weights)], ["Fingerprints", `of ${plural(base.tensors, "tensor")}`]];
-  add(section("Base", base === null ? el("p", {}, "This delta does not record which base it belongs to.") : facts(known)));
-  if (Object.keys(config).length) add(section("Changes of configuration", facts(Object.entries(config).map(([name, value]) => [name, valueText(value)]))));
-  add(section("Provenance", Object.keys(provenance).length
-    ? facts(Object.entries(provenance).map(([name, value]) => [name, valueText(value)]))
-    : el("p", {}, "This delta does not record how it was made.")));
+  const { adapter, extras, config, provenance } = data;
+  const texts = (told) => facts(Object.entries(told).map(([name, value]) => [name, valueText(value)]));
+  add(section("What is recorded",
+    ...(adapter ? adapterParts(adapter) : []),
+    beside([el("h3", {}, "Base"), baseFacts(data.base)], ...(extras.length ? [extraParts(extras)] : [])),
+    ...(Object.keys(config).length ? [el("h3", {}, "Changes of configuration"), texts(config)] : []),
+    el("h3", {}, "Provenance"),
+    Object.keys(provenance).length ? texts(provenance) : el("p", { class: "soft" }, "How this delta was made is not recorded.")));
+}
+
+function baseFacts(base) {
+  if (base === null) return el("p", { class: "soft" }, "Which base this delta belongs to is not recorded.");
+  return facts([
+    ["Model", base.model_id ?? "no id recorded"],
+    ["Revision", base.revision ?? "not recorded"],
+    ["Weights", base.total_weights === null ? "not recorded" : format.count(base.total_weights)],
+    ["Fingerprints", `of ${plural(base.tensors, "tensor")}`],
+  ]);
+}
+
+function extraParts(extras) {
+  const rows = extras.map((one) => [one.name, shape(one.shape), one.dtype]);
+  return [el("h3", {}, "Extras"),
+    el("p", { class: "soft" }, "Whole tensors, stored beside the entries and outside the budget."),
+    table(["tensor", "shape", "dtype"], rows)];
+}
+
+function adapterParts(adapter) {
+  const initial = Object.entries(adapter.initial).map(([name, rule]) => `${name} ${valueText(rule)}`).join(", ");
+  const config = Object.entries(adapter.config).filter(([, value]) => value !== null);
+  return [el("h3", {}, "Adapter"),
+    facts([
+      ["Kind", adapter.kind],
+      ["Kept", `${format.percent(adapter.kept)} of ${format.count(adapter.weights)} weights`],
+      ["Seed", adapter.seed],
+      ["Initial values", initial],
+      ["Check value", adapter.check],
+      ["Stands at", `${plural(adapter.stands_at, "tensor")} of the base, fingerprinted`],
+      ...config.map(([name, value]) => [name, valueText(value)]),
+    ]),
+    folded(plural(adapter.modules.length, "module"), table(["module"], adapter.modules.map((name) => [name])))];
 }

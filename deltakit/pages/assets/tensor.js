@@ -43,11 +43,10 @@ function showTensors(detail, indices, from) {
 function tensorParts(one) {
   const numbers = facts(tensorFacts(one));
   if (!one.occupancy) return [numbers];
-  return [
-    el("div", { class: "pair" },
-      figure({ title: "Where in the tensor", about: occupancyText(one), node: occupancyChart(one), table: occupancyTable(one.occupancy) }),
-      el("div", {}, numbers, ...changeFigure(one.histogram, "Size of its changes"))),
-  ];
+  const places = figure({ title: "Where in the tensor", about: occupancyText(one), node: occupancyChart(one), table: occupancyTable(one.occupancy) });
+  const sizes = changeFigure(one.histogram, "Size of its changes");
+  const tall = one.occupancy.rows.length > 1; // the map is: the rest stands beside it
+  return [tall ? beside(places, [numbers, ...sizes]) : beside([places, ...sizes], numbers)];
 }
 
 function tensorFacts(one) {
@@ -60,7 +59,7 @@ function tensorFacts(one) {
     ["Mode", one.mode === "set" ? "set: entries become the value" : "add: values are added"],
     ["Values stored as", one.value_dtype],
     ["Coding of places", coded],
-    ["Bits per index", `${format.number(one.bits_per_index)}; entropy ${format.number(one.entropy_bits_per_index)}`],
+    ["Bits per index", `${one.bits_per_index.toFixed(2)}; entropy ${one.entropy_bits_per_index.toFixed(2)}`],
     ["Size", format.bytes(one.bytes)],
   ];
   if (changes?.known) pairs.push(["|change|", `${format.number(changes.least)} to ${format.number(changes.most)}, mean ${format.number(changes.mean)}`]);
@@ -100,21 +99,32 @@ function occupancyTable(occupancy) {
 
 function changeFigure(histogram, title) {
   const { edges, positive, negative } = histogram;
-  const notes = changeNotes(histogram);
+  const [first, last] = mostOf(positive.map((count, bin) => count + negative[bin]));
+  const notes = changeNotes(histogram, first, last);
   if (!positive.length) return notes.length ? [el("p", { class: "soft" }, notes.join(" "))] : [];
   return [figure({
     title,
     about: ["Entries by |change|: those that grew stand above the line, those that shrank below it.", ...notes].join(" "),
-    node: bars({ edges, mirror: true, x: { label: "|change|", log: true }, y: { label: "entries" },
-      series: [{ name: "increased", counts: positive }, { name: "decreased", counts: negative }] }),
+    node: bars({ edges: edges.slice(first, last + 1), mirror: true, x: { label: "|change|", log: true }, y: { label: "entries" },
+      series: [{ name: "increased", counts: positive.slice(first, last) }, { name: "decreased", counts: negative.slice(first, last) }] }),
     table: table(["|change| from", "to", "increased", "decreased"],
       positive.map((count, bin) => [format.number(edges[bin]), format.number(edges[bin + 1]), format.count(count), format.count(negative[bin])]),
       { right: [0, 1, 2, 3] }),
   })];
 }
 
-function changeNotes({ zeros, unknown: untold, non_finite: wild }) {
+/** The bins [first, last) that remain when either end drops up to a thousandth of all. */
+function mostOf(counts) {
+  const spared = counts.reduce((a, b) => a + b, 0) / 1000;
+  let first = 0, last = counts.length;
+  for (let left = spared - counts[0]; left >= 0; left -= counts[first]) first += 1;
+  for (let left = spared - counts[last - 1]; left >= 0; left -= counts[last - 1]) last -= 1;
+  return [first, last];
+}
+
+function changeNotes({ edges, positive, zeros, unknown: untold, non_finite: wild }, first, last) {
   const notes = [];
+  if (last - first < positive.length) notes.push(`Up to a thousandth of them at either end, down to ${format.number(edges[0])} and up to ${format.number(edges.at(-1))}, are in the table only.`);
   if (zeros) notes.push(`${plural(zeros, "entry").replace("entrys", "entries")} changed nothing.`);
   if (untold) notes.push(`Of ${format.count(untold)} the change is not known: they are in set mode without the base's values.`);
   if (wild) notes.push(`${format.count(wild)} went to or from infinities or NaN.`);
