@@ -7,16 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deltakit.cli.options import (
-    PATH,
-    SOURCE,
-    Source,
-    force_option,
-    json_option,
-    note,
-    print_json,
-    table,
-)
+from deltakit.cli.command import Command
+from deltakit.cli.options import Source, force_option, json_option, note, print_json, table
+from deltakit.cli.values import DELTA, PATH, Choice
+from deltakit.figures import check_figure
 from deltakit.formats.atomic import refuse_existing
 
 if TYPE_CHECKING:
@@ -26,18 +20,24 @@ if TYPE_CHECKING:
 _HEADS = ["shared", "by chance", "Jaccard", "of 1st", "of 2nd", "conflicts", "share", "cosine"]
 
 
-@click.command()
-@click.argument("deltas", type=SOURCE, nargs=-1, required=True, metavar="DELTA DELTA...")
+@click.command(cls=Command)
+@click.argument("deltas", type=DELTA, nargs=-1, required=True, metavar="DELTA DELTA...")
 @click.option(
     "--by",
-    type=click.Choice(["kind", "block", "tensor"]),
+    type=Choice(["kind", "block", "tensor"]),
     help="List every pair by kind of tensor, block of layers or tensor; two deltas by kind anyway.",
 )
-@click.option("--plot", type=PATH, metavar="PNG", help="Draw overlap and sign conflicts.")
+@click.option("--plot", type=PATH, metavar="PNG|SVG", help="Draw overlap and sign conflicts.")
+@click.option("--html", type=PATH, metavar="HTML", help="Write a page to explore the pairs in.")
 @force_option
 @json_option
 def command(
-    deltas: tuple[Source, ...], by: str | None, plot: Path | None, force: bool, as_json: bool
+    deltas: tuple[Source, ...],
+    by: str | None,
+    plot: Path | None,
+    html: Path | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Tell how deltas overlap and disagree.
 
@@ -50,12 +50,16 @@ def command(
     Examples:
       deltakit compare a.sdelta b.sdelta
       deltakit compare a.sdelta b.sdelta c.sdelta --by block --plot overlap.png
+      deltakit compare a.sdelta b.sdelta c.sdelta --html overlap.html
       deltakit compare a.sdelta b.sdelta --json | jq .pairs[0].cosine
     """
     if len(deltas) < 2:
         raise click.UsageError("a comparison takes at least two deltas")
+    for output in (plot, html):
+        if output is not None:
+            refuse_existing(output, force)
     if plot is not None:
-        refuse_existing(plot, force)
+        check_figure(plot)
     from deltakit.comparing.compare import compare
 
     found = compare(deltas)
@@ -63,6 +67,11 @@ def command(
         from deltakit.comparing.plot import plot_comparison
 
         plot_comparison(found, plot)
+    if html is not None:
+        from deltakit.pages.comparison_page import comparison_page
+        from deltakit.pages.page import write_page
+
+        write_page(html, comparison_page(found))
     if as_json:
         print_json(found.as_dict())
         return

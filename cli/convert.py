@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from deltakit.cli.command import Command
 from deltakit.cli.options import (
-    BUDGET,
-    PATH,
-    SOURCE,
     Source,
     force_option,
     json_option,
@@ -19,10 +17,15 @@ from deltakit.cli.options import (
     printable,
     table,
 )
+from deltakit.cli.values import BASE, BUDGET, PATH, SOURCE, Choice, Name
+from deltakit.registry import declared
 
 if TYPE_CHECKING:
     from deltakit.conversion import ConversionReport
     from deltakit.formats.bridges.bridge import Form
+
+
+_FORMAT = Name(lambda: declared("deltakit.formats.bridges", "BRIDGES"))
 
 
 def _list_formats(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -40,12 +43,20 @@ def _list_formats(ctx: click.Context, param: click.Parameter, value: bool) -> No
     ctx.exit()
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("source", type=SOURCE, metavar="IN")
 @click.argument("out", type=PATH)
-@click.option("--from", "from_format", metavar="FORMAT", help="What IN is; by default its content.")
-@click.option("--to", "to_format", metavar="FORMAT", help="What OUT becomes; by default sdelta.")
-@click.option("--base", type=SOURCE, help="The base checkpoint, which most adapters need.")
+@click.option(
+    "--from",
+    "from_format",
+    type=_FORMAT,
+    metavar="FORMAT",
+    help="What IN is; by default its content.",
+)
+@click.option(
+    "--to", "to_format", type=_FORMAT, metavar="FORMAT", help="What OUT becomes; by default sdelta."
+)
+@click.option("--base", type=BASE, help="The base checkpoint, which most adapters need.")
 @click.option(
     "-b",
     "--budget",
@@ -57,12 +68,12 @@ def _list_formats(ctx: click.Context, param: click.Parameter, value: bool) -> No
 @click.option(
     "--as",
     "form",
-    type=click.Choice(["adapter", "weights"]),
+    type=Choice(["adapter", "weights"]),
     help="LoRA: keep the adapter (default), or its change of the weights, to a budget.",
 )
 @click.option(
     "--mode",
-    type=click.Choice(["add", "set"]),
+    type=Choice(["add", "set"]),
     help="What the values of plain COO are: differences or new weights.",
 )
 @click.option("--prefix", default="", help="What PEFT's model has before the base's names.")

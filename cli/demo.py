@@ -6,12 +6,14 @@ from pathlib import Path
 
 import click
 
-from deltakit.cli.options import PATH, force_option, json_option, print_json
+from deltakit.cli.command import Command
+from deltakit.cli.options import force_option, json_option, print_json
+from deltakit.cli.values import FOLDER
 
 
-@click.command("demo", short_help="The whole story on an embedded model, in minutes.")
+@click.command("demo", cls=Command, short_help="The whole story on an embedded model, in minutes.")
 @click.option(
-    "-o", "--output", type=PATH, default=Path("deltakit-demo"), show_default=True, help="Folder."
+    "-o", "--output", type=FOLDER, default=Path("deltakit-demo"), show_default=True, help="Folder."
 )
 @click.option("--files-only", is_flag=True, help="Only write the embedded model and data.")
 @click.option("--max-steps", type=click.IntRange(min=30), help="Train less.")
@@ -26,6 +28,8 @@ def command(
     serve your own first steps:
 
     \b
+    Examples:
+      deltakit demo
       deltakit demo --files-only -o demo
       deltakit train --model demo/base --data demo/tasks/family \\
           --task sequence-classification --budget 20k --output-dir run

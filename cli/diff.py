@@ -7,9 +7,8 @@ from pathlib import Path
 import click
 
 from deltakit.budget import format_bytes
+from deltakit.cli.command import Command
 from deltakit.cli.options import (
-    BUDGET,
-    SOURCE,
     Source,
     count,
     force_option,
@@ -19,16 +18,17 @@ from deltakit.cli.options import (
     print_json,
     progress,
 )
+from deltakit.cli.values import BASE, BUDGET, NEW_DELTA, Choice
 from deltakit.formats.atomic import refuse_existing
 
 
-@click.command()
-@click.argument("base", type=SOURCE)
-@click.argument("tuned", type=SOURCE)
-@output_option("The .sdelta file to write.", required=True)
+@click.command(cls=Command)
+@click.argument("base", type=BASE)
+@click.argument("tuned", type=BASE)
+@output_option("The .sdelta file to write.", required=True, kind=NEW_DELTA)
 @click.option(
     "--mode",
-    type=click.Choice(["set", "add"]),
+    type=Choice(["set", "add"]),
     default="set",
     show_default=True,
     help="Store the tuned bits, or differences where those give the bits back.",

@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
+from deltakit.cli.command import Command
 from deltakit.cli.evaluation_options import evaluation_options, split_option
 from deltakit.cli.options import (
-    PATH,
-    SOURCE,
     Source,
     force_option,
     json_option,
@@ -20,15 +19,16 @@ from deltakit.cli.options import (
     table,
 )
 from deltakit.cli.settings_options import given
+from deltakit.cli.values import DELTA, PATH
 from deltakit.formats.atomic import refuse_existing
 
 
-@click.command("evaluate", short_help="Measure a base with deltas applied.")
-@evaluation_options
+@click.command("evaluate", cls=Command, short_help="Measure a base with deltas applied.")
+@evaluation_options()
 @click.option(
-    "--delta", "deltas", type=SOURCE, multiple=True, help="Delta to apply. May be repeated."
+    "--delta", "deltas", type=DELTA, multiple=True, help="Delta to apply. May be repeated."
 )
-@split_option
+@split_option()
 @click.option(
     "--predictions",
     type=PATH,
@@ -51,6 +51,14 @@ def command(
 
     Deltas are applied to the loaded model by the arithmetic of merging, so a merged model gives
     the same logits to the bit at the same batch size.
+
+    \b
+    Examples:
+      deltakit evaluate --model base/ --delta delta.sdelta --data test.jsonl \\
+          --task sequence-classification
+      deltakit evaluate --model merged/ --data test.jsonl --task causal-lm --split test --json
+      deltakit evaluate --model base/ --delta hf://owner/delta --data test.jsonl \\
+          --task sequence-classification --predictions predictions.jsonl
     """
     if predictions is not None:
         refuse_existing(predictions, force)

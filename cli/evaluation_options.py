@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import click
 
+from deltakit.cli.command import OPTIONS, Option
+from deltakit.cli.options import F
 from deltakit.cli.settings_options import setting_options
 from deltakit.training.config import describe
 
@@ -37,10 +41,19 @@ SETTINGS = (
     "threads",
 )
 
-evaluation_options = setting_options((n, s) for n, s in describe().items() if n in SETTINGS)
-split_option = click.option(
-    "--split",
-    metavar="NAME",
-    help="Split to evaluate on; validation by default. A validation split that the data lacks is "
-    "held out as in training.",
-)
+
+def evaluation_options(section: str | None = None) -> Callable[[F], F]:
+    """The settings above; section: of the help, by default that of each setting."""
+    return setting_options(((n, s) for n, s in describe().items() if n in SETTINGS), section)
+
+
+def split_option(section: str = OPTIONS) -> Callable[[F], F]:
+    """--split, in a section of the help."""
+    return click.option(
+        "--split",
+        metavar="NAME",
+        cls=Option,
+        section=section,
+        help="Split to evaluate on; validation by default. A validation split that the data lacks "
+        "is held out as in training.",
+    )

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-from deltakit.cli.options import SOURCE, Source, json_option, print_json
+from deltakit.cli.command import Command
+from deltakit.cli.options import Source, force_option, json_option, note, print_json
+from deltakit.cli.values import DELTA, PATH
+from deltakit.figures import check_figure
+from deltakit.formats.atomic import refuse_existing
 
 
-@click.command()
-@click.argument("delta", type=SOURCE)
+@click.command(cls=Command)
+@click.argument("delta", type=DELTA)
 @click.option("--tensors", is_flag=True, help="List every tensor instead of blocks and kinds.")
+@click.option("--plot", type=PATH, metavar="PNG|SVG", help="Draw where entries are, and how large.")
+@click.option("--html", type=PATH, metavar="HTML", help="Write a page to explore the delta in.")
+@force_option
 @json_option
-def command(delta: Source, tensors: bool, as_json: bool) -> None:
+def command(
+    delta: Source,
+    tensors: bool,
+    plot: Path | None,
+    html: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Show what a delta holds and what it costs.
 
     Budget and density, where the entries are, how large the changes are, and the size of the file
@@ -22,13 +38,32 @@ def command(delta: Source, tensors: bool, as_json: bool) -> None:
     Examples:
       deltakit inspect delta.sdelta
       deltakit inspect delta.sdelta --tensors
+      deltakit inspect delta.sdelta --plot delta.svg
+      deltakit inspect delta.sdelta --html delta.html
       deltakit inspect hf://owner/delta
       deltakit inspect delta.sdelta --json | jq .entries
     """
+    for output in (plot, html):
+        if output is not None:
+            refuse_existing(output, force)
+    if plot is not None:
+        check_figure(plot)
     from deltakit.cli.inspect_report import report
     from deltakit.inspection import inspect
 
     found = inspect(delta)
+    if plot is not None:
+        from deltakit.views.delta_view import DeltaView
+        from deltakit.views.plot import plot_delta
+
+        plot_delta(found, DeltaView.of(found), plot)
+        note(f"Wrote {plot}.")
+    if html is not None:
+        from deltakit.pages.delta_page import delta_page
+        from deltakit.pages.page import write_page
+
+        write_page(html, delta_page(found))
+        note(f"Wrote {html}, a page for any browser.")
     if as_json:
         print_json(found.as_dict())
     else:

@@ -7,14 +7,16 @@ from typing import Any
 
 import click
 
-from deltakit.cli.options import PATH, force_option, json_option, note, print_json, table
+from deltakit.cli.command import Command
+from deltakit.cli.options import force_option, json_option, note, print_json, table
 from deltakit.cli.settings_options import given, setting_options
+from deltakit.cli.values import CONFIG
 from deltakit.training.config import describe
 from deltakit.training.config_file import read_file, resolve
 
 
-@click.command("lr-find", short_help="Find the learning rate by a short sweep.")
-@click.argument("config", type=PATH, required=False)
+@click.command("lr-find", cls=Command, short_help="Find the learning rate by a short sweep.")
+@click.argument("config", type=CONFIG, required=False)
 @setting_options(describe().items())
 @force_option
 @json_option
@@ -23,6 +25,11 @@ def command(config: Path | None, force: bool, as_json: bool, **flags: Any) -> No
 
     Takes what `deltakit train` takes. Trains briefly at several rates, each from the same start,
     and writes RUN/lr.json and RUN/lr.png; `deltakit train --lr auto` does the same and goes on.
+
+    \b
+    Examples:
+      deltakit lr-find run.yaml
+      deltakit lr-find run.yaml --method random --budget 0.1% --output-dir rates
     """
     settings = resolve({} if config is None else read_file(config), given(flags))
     from deltakit.training.lr_run import find_for

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
-from types import FrameType
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
+from typing import Any, NamedTuple
 
 import click
+from click.shell_completion import CompletionItem
 
 from deltakit import __version__
-from deltakit.cli.options import note, printable, quiet_option
-from deltakit.errors import DeltakitError, nearest
-
-T = TypeVar("T")
+from deltakit.cli.command import Context, misuse
+from deltakit.cli.explain import explained, stop_by_exception
+from deltakit.cli.options import note, quiet_option
+from deltakit.cli.terminal import asked_colour, show_what_can_be_shown
+from deltakit.errors import nearest
 
 
 class Entry(NamedTuple):
@@ -45,22 +46,39 @@ COMMANDS = {
     "verify": Entry("deltakit.cli.verify", "Check a delta's bytes, and its base if given."),
     "push": Entry("deltakit.cli.push", "Publish deltas, a run or a model on the Hub."),
     "pull": Entry("deltakit.cli.pull", "Get a delta from the Hub, whole and checked."),
+    "completion": Entry("deltakit.cli.completion", "Let a shell complete what is typed."),
 }
 
-# Installed by the extras that stand here; a missing one is told with the way to get it.
-_OPTIONAL = {
-    "accelerate": "train",
-    "datasets": "train",
-    "matplotlib": "plot",
-    "scipy": "train",
-    "sklearn": "train",
-    "torch": "train",
-    "transformers": "train",
-}
+_COMPLETING = "_DELTAKIT_COMPLETE"  # set by the scripts that `deltakit completion` prints
+_LIBRARIES = ("numpy", "torch", "transformers")
 
 
 class LazyGroup(click.Group):
     """A group whose commands stand in a table and are imported on use."""
+
+    context_class = Context
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run as a program, or answer a shell that completes."""
+        if _COMPLETING in os.environ:
+            import_module("deltakit.cli.shells")
+        show_what_can_be_shown()
+        return super().main(*args, **extra)
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """With colours as the environment asks for; `help merge` is `merge --help`."""
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
+        try:
+            return super().make_context(info_name, args, parent, color=asked_colour(), **extra)
+        except click.UsageError as error:
+            raise misuse(error) from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order of the table."""
@@ -71,8 +89,6 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = import_module(COMMANDS[cmd_name].module).command
-        if all(parameter.name != "quiet" for parameter in command.params):
-            quiet_option(command)
         return command
 
     def resolve_command(
@@ -81,9 +97,21 @@ class LazyGroup(click.Group):
         """As click does it, but a command that does not exist is answered with the nearest."""
         name = click.utils.make_str(args[0])
         if name not in COMMANDS and not name.startswith("-"):
+            if ctx.resilient_parsing:
+                return None, None, []
             hint = nearest(name, self.list_commands(ctx), 1) or f"; known: {', '.join(COMMANDS)}"
             ctx.fail(f"no command {name!r}{hint}")
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Commands from the table alone, and options."""
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        return [
+            CompletionItem(name, help=entry.summary)
+            for name, entry in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, from the table alone."""
@@ -92,13 +120,13 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; what the user can mend becomes one line on stderr and exit code 1."""
-        if os.environ.get("NO_COLOR"):
-            ctx.color = False
-        _stop_by_exception()
-        with _logged_as_notes():
-            if os.environ.get("DELTAKIT_DEBUG"):
+        stop_by_exception()
+        told = nullcontext() if os.environ.get("DELTAKIT_DEBUG") else explained(ctx)
+        with _logged_as_notes(), told:
+            try:
                 return super().invoke(ctx)
-            return _explained(ctx, lambda: super(LazyGroup, self).invoke(ctx))
+            except click.UsageError as error:
+                raise misuse(error) from None
 
 
 class _Notes(logging.Handler):
@@ -119,64 +147,42 @@ def _logged_as_notes() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _explained(ctx: click.Context, run: Callable[[], T]) -> T:
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    click.echo(f"deltakit {__version__}")
+    click.echo(", ".join([f"Python {python_version()}", *map(_release, _LIBRARIES)]))
+    ctx.exit()
+
+
+def _release(library: str) -> str:
+    """`torch 2.9.1`, from what is installed; nothing is imported."""
     try:
-        return run()
-    except DeltakitError as error:
-        raise click.ClickException(_one_line(error)) from None
-    except ModuleNotFoundError as error:
-        library = (error.name or "").partition(".")[0]
-        if library not in _OPTIONAL:
-            raise
-        raise click.ClickException(
-            f"this needs {library}, which is not installed; "
-            f"pip install 'deltakit-sparse[{_OPTIONAL[library]}]'"
-        ) from None
-    except BrokenPipeError:
-        raise  # the reader of stdout has gone; click ends quietly
-    except OSError as error:
-        raise click.ClickException(_system_error(error)) from None
-    except MemoryError as error:
-        raise click.ClickException(_one_line(error) or "out of memory") from None
-    except KeyboardInterrupt:
-        note("Interrupted.")
-        ctx.exit(130)
-
-
-def _stop_by_exception() -> None:
-    """Let SIGTERM unwind like Ctrl-C does, so that no temporary file is left behind."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
-def _one_line(error: BaseException) -> str:
-    return printable(" ".join(str(error).split()))
-
-
-def _system_error(error: OSError) -> str:
-    """`permission denied: out.sdelta`, from an error of the operating system."""
-    what = (error.strerror or _one_line(error)).strip()
-    names = [os.fspath(n) for n in (error.filename, error.filename2) if isinstance(n, (str, bytes))]
-    where = " -> ".join(os.fsdecode(name) for name in names)
-    told = f"{what[:1].lower()}{what[1:]}"
-    return printable(f"{told}: {where}" if where else told)
+        return f"{library} {version(library)}"
+    except PackageNotFoundError:
+        return f"no {library}"
 
 
 @click.group(
     cls=LazyGroup,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(
-    __version__, "--version", prog_name="deltakit", message="%(prog)s %(version)s"
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the versions of deltakit and of what it stands on, and exit.",
 )
 @quiet_option
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Sparse fine-tuning deltas: train, inspect, truncate and merge, bit for bit.
 
     Results go to stdout, notes and progress to stderr. Exit codes: 0 done, 1 an error told in one
     line, 2 wrong usage, 130 interrupted.
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltakit.budget import format_bytes
+from deltakit.cli.command import Command
 from deltakit.cli.options import (
-    NUMBERS,
-    SOURCE,
     Source,
     count,
     force_option,
@@ -22,20 +21,26 @@ from deltakit.cli.options import (
     print_json,
     progress,
 )
-from deltakit.cli.stacking_options import method_options, stacking_options
+from deltakit.cli.stacking_options import STACKING_METHOD, method_options, stacking_options
+from deltakit.cli.values import MODEL_OR_DELTA, NUMBERS
 from deltakit.errors import ConfigError, MissingFileError
 
 if TYPE_CHECKING:
     from deltakit.in_place.merge import InPlaceReport
 
 
-@click.command()
-@click.argument("paths", type=SOURCE, nargs=-1, required=True, metavar="[BASE] DELTA...")
+@click.command(cls=Command)
+@click.argument("paths", type=MODEL_OR_DELTA, nargs=-1, required=True, metavar="[BASE] DELTA...")
 @output_option("A file or folder to write; by default BASE-DELTA beside DELTA.")
 @click.option(
     "--weights", type=NUMBERS, metavar="W,...", help="One factor per delta, such as 0.5,0.5."
 )
-@click.option("--method", metavar="METHOD", help="Stack the deltas first, as deltakit stack does.")
+@click.option(
+    "--method",
+    type=STACKING_METHOD,
+    metavar="METHOD",
+    help="Stack the deltas first, as deltakit stack does.",
+)
 @method_options
 @click.option(
     "--dtype",

@@ -1,4 +1,4 @@
-"""What the commands share: options, types of values, notes, progress and tables."""
+"""What the commands share: options, notes, progress and tables."""
 
 from __future__ import annotations
 
@@ -9,86 +9,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
-from deltakit.budget import parse_budget
-from deltakit.errors import BudgetError, ConfigError
-from deltakit.hub.location import Location, is_location
+from deltakit.cli.terminal import marked
+from deltakit.cli.values import PATH, LocalPath
 
 F = TypeVar("F", bound=Callable[..., Any])
 Source = Path | str  # a local path, or an hf:// location as text, as pathlib would break that
-
-
-if TYPE_CHECKING:
-    ParamType = click.ParamType[Any]  # generic in newer releases of click only
-else:
-    ParamType = click.ParamType
-
-
-class Budget(ParamType):
-    """`100k`, `2.5m`, `5000` become an int; a share such as `0.1%` stays text, for the library."""
-
-    name = "budget"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
-        """Refuse what is no budget as wrong usage."""
-        try:
-            count = parse_budget(value, total=100)
-        except BudgetError as error:
-            self.fail(str(error), param, ctx)
-        return str(value).strip() if str(value).strip().endswith("%") else count
-
-
-class Listed(ParamType):
-    """A comma-separated list of another type: `25k,50k` or `0.5,0.5`."""
-
-    def __init__(self, item: ParamType) -> None:
-        self.item = item
-        self.name = f"{item.name},..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Any, ...]:
-        """Convert each item; an empty one is wrong usage."""
-        items = value.split(",") if isinstance(value, str) else value
-        return tuple(self.item.convert(item, param, ctx) for item in items)
-
-
-class LocalPath(click.Path):
-    """A path on this machine; a location on the Hub is wrong usage."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As click does it."""
-        if is_location(value):
-            self.fail(f"{value} is on the Hub, and a local path is needed here", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-class SourcePath(LocalPath):
-    """A path on this machine or `hf://owner/repo[@revision][/file]`, which stays text."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Refuse what is meant to be a location and is none as wrong usage."""
-        if not is_location(value):
-            return super().convert(value, param, ctx)
-        try:
-            return str(Location.parse(value))
-        except ConfigError as error:
-            self.fail(str(error), param, ctx)
-
-
-PATH = LocalPath()
-SOURCE = SourcePath()
-BUDGET = Budget()
-BUDGETS = Listed(BUDGET)
-NUMBERS = Listed(click.FLOAT)
 
 
 def _set_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -117,7 +46,11 @@ quiet_option = click.option(
     help="No notes and no progress on stderr.",
 )
 json_option = click.option(
-    "--json", "as_json", is_flag=True, callback=_set_json, help="Print JSON and nothing else."
+    "--json",
+    "as_json",
+    is_flag=True,
+    callback=_set_json,
+    help="Print JSON and nothing else on stdout; errors stay a line on stderr.",
 )
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 mismatch_option = click.option(
@@ -127,9 +60,9 @@ mismatch_option = click.option(
 )
 
 
-def output_option(what: str, required: bool = False) -> Callable[[F], F]:
+def output_option(what: str, required: bool = False, kind: LocalPath = PATH) -> Callable[[F], F]:
     """`-o/--output`, with `what` telling what is written and the name that it gets by default."""
-    return click.option("-o", "--output", type=PATH, required=required, help=what)
+    return click.option("-o", "--output", type=kind, required=required, help=what)
 
 
 def is_quiet() -> bool:
@@ -141,12 +74,20 @@ def is_quiet() -> bool:
 def note(text: str) -> None:
     """One line for the reader on stderr, unless -q was given."""
     if not is_quiet():
-        click.echo(text, err=True)
+        click.echo(marked(text), err=True)
 
 
 def print_json(data: Any) -> None:
-    """Print strict JSON on stdout: numbers that JSON lacks (NaN, infinities) become null."""
-    click.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
+    """Print strict JSON on stdout: numbers that JSON lacks (NaN, infinities) become null.
+
+    Characters that the encoding of stdout lacks are escaped as JSON has it.
+    """
+    text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(_finite(data), indent=2, allow_nan=False)
+    click.echo(text)
 
 
 def _finite(data: Any) -> Any:

@@ -8,22 +8,19 @@ from typing import TYPE_CHECKING
 import click
 
 from deltakit.budget import format_bytes
-from deltakit.cli.options import (
-    BUDGET,
-    force_option,
-    json_option,
-    output_option,
-    print_json,
-    printable,
-)
+from deltakit.cli.command import Command
+from deltakit.cli.options import force_option, json_option, output_option, print_json, printable
+from deltakit.cli.values import BUDGET, NEW_DELTA
 
 if TYPE_CHECKING:
     from deltakit.publishing.pull import PulledFile
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("repo", metavar="REPO_ID")
-@output_option("A file, or a folder that exists; by default named after REPO_ID, here.")
+@output_option(
+    "A file, or a folder that exists; by default named after REPO_ID, here.", kind=NEW_DELTA
+)
 @click.option("--revision", metavar="REV", help="A branch, tag or commit; main by default.")
 @click.option(
     "-b",

@@ -8,23 +8,17 @@ from typing import TYPE_CHECKING
 import click
 
 from deltakit.budget import format_bytes
-from deltakit.cli.options import (
-    SOURCE,
-    Source,
-    count,
-    json_option,
-    note,
-    print_json,
-    table,
-)
+from deltakit.cli.command import Command
+from deltakit.cli.options import Source, count, json_option, note, print_json, table
+from deltakit.cli.values import DELTA
 from deltakit.hub.location import is_location
 
 if TYPE_CHECKING:
     from deltakit.publishing.push_report import PushReport
 
 
-@click.command()
-@click.argument("paths", type=SOURCE, nargs=-1, required=True, metavar="PATH... REPO")
+@click.command(cls=Command)
+@click.argument("paths", type=DELTA, nargs=-1, required=True, metavar="PATH... REPO")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--revision", metavar="BRANCH", help="The branch to publish to; main by default.")
 @click.option("--message", metavar="TEXT", help="The message of the commit.")

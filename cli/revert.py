@@ -6,13 +6,18 @@ from pathlib import Path
 
 import click
 
-from deltakit.cli.options import PATH, count, json_option, note, print_json, progress
+from deltakit.cli.command import Command
+from deltakit.cli.options import count, json_option, note, print_json, progress
+from deltakit.cli.values import LocalPath
 
 
-@click.command()
-@click.argument("model", type=PATH)
+@click.command(cls=Command)
+@click.argument("model", type=LocalPath(".safetensors"))
 @click.option(
-    "--undo", type=PATH, metavar="FILE", help="The undo.sdelta of a journal that stands elsewhere."
+    "--undo",
+    type=LocalPath(".sdelta"),
+    metavar="FILE",
+    help="The undo.sdelta of a journal that stands elsewhere.",
 )
 @click.option(
     "--force",

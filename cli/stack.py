@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltakit.budget import format_bytes
+from deltakit.cli.command import Command
 from deltakit.cli.options import (
-    NUMBERS,
-    SOURCE,
     Source,
     count,
     force_option,
@@ -23,9 +21,16 @@ from deltakit.cli.options import (
     print_json,
     progress,
 )
-from deltakit.cli.stacking_options import method_options, stacking_options, weights_by_tensor
-from deltakit.cli.tuning_options import TuningCommand, take_tuning, tuning_options
+from deltakit.cli.stacking_options import (
+    STACKING_METHOD,
+    method_options,
+    stacking_options,
+    weights_by_tensor,
+)
+from deltakit.cli.tuning_options import take_tuning, tuning_options
+from deltakit.cli.values import BASE, DELTA, NEW_DELTA, NUMBERS
 from deltakit.errors import OutputError
+from deltakit.figures import check_figure
 from deltakit.formats.atomic import refuse_existing
 from deltakit.hub.locate import named_after
 from deltakit.hub.location import is_location
@@ -34,10 +39,14 @@ if TYPE_CHECKING:
     from deltakit.delta import SparseDelta
 
 
-@click.command(cls=TuningCommand)
-@click.argument("deltas", type=SOURCE, nargs=-1, required=True, metavar="DELTA...")
-@output_option("Where to write; by default the first DELTA's name with the method, beside it.")
-@click.option("--method", default="linear", show_default=True, help="How to combine.")
+@click.command(cls=Command)
+@click.argument("deltas", type=DELTA, nargs=-1, required=True, metavar="DELTA...")
+@output_option(
+    "Where to write; by default the first DELTA's name with the method, beside it.", kind=NEW_DELTA
+)
+@click.option(
+    "--method", type=STACKING_METHOD, default="linear", show_default=True, help="How to combine."
+)
 @click.option(
     "--weights", type=NUMBERS, metavar="W,...", help="One factor per delta, such as 0.5,-1."
 )
@@ -53,7 +62,7 @@ if TYPE_CHECKING:
     metavar="FROM",
     help="The delta (path, or position from 0) whose extras win where several deltas differ.",
 )
-@click.option("--base", type=SOURCE, help="The base, for deltas that do not carry base values.")
+@click.option("--base", type=BASE, help="The base, for deltas that do not carry base values.")
 @tuning_options
 @mismatch_option
 @force_option
@@ -124,7 +133,7 @@ def _tuned(
     plot = arguments.pop("plot", None)
     if plot is not None:
         refuse_existing(plot, force)
-        import_module("matplotlib")  # a search may take hours, so what it lacks is told before
+        check_figure(plot)  # a search may take hours, so what it lacks is told before
     from deltakit.training.tuned_stack import tune_weights
 
     found = tune_weights(deltas, method, say=note, **arguments)

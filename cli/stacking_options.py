@@ -8,8 +8,12 @@ from typing import Any
 
 import click
 
-from deltakit.cli.options import NUMBERS, F
+from deltakit.cli.options import F
+from deltakit.cli.values import NUMBERS, Choice, Name
 from deltakit.errors import ConfigError
+from deltakit.registry import declared
+
+STACKING_METHOD = Name(lambda: declared("deltakit.combine", "METHODS"))
 
 
 def _list_methods(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -35,17 +39,17 @@ def method_options(function: F) -> F:
             ),
             click.option(
                 "--density-of",
-                type=click.Choice(["entries", "numel"]),
+                type=Choice(["entries", "numel"]),
                 help="What the density is a share of: the delta's entries or all weights.",
             ),
             click.option(
                 "--trim-scope",
-                type=click.Choice(["global", "tensor"]),
+                type=Choice(["global", "tensor"]),
                 help="Trim over the whole delta or in each tensor by itself.",
             ),
             click.option(
                 "--flavour",
-                type=click.Choice(["paper", "mergekit", "peft"]),
+                type=Choice(["paper", "mergekit", "peft"]),
                 help="Whose defaults the method takes; its paper's unless given.",
             ),
             click.option("--seed", type=int, help="Of methods that draw at random."),

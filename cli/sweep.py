@@ -7,14 +7,16 @@ from typing import Any
 
 import click
 
-from deltakit.cli.options import NUMBERS, PATH, force_option, json_option, note, print_json, table
+from deltakit.cli.command import Command
+from deltakit.cli.options import force_option, json_option, note, print_json, table
 from deltakit.cli.settings_options import given, setting_options
+from deltakit.cli.values import CONFIG, NUMBERS
 from deltakit.training.config import describe
 from deltakit.training.config_file import read_file
 
 
-@click.command("sweep", short_help="Train over a grid of eps and exp.")
-@click.argument("config", type=PATH, required=False)
+@click.command("sweep", cls=Command, short_help="Train over a grid of eps and exp.")
+@click.argument("config", type=CONFIG, required=False)
 @click.option("--eps", type=NUMBERS, required=True, help="Values of eps, with commas between.")
 @click.option("--exp", type=NUMBERS, required=True, help="Values of exp, with commas between.")
 @setting_options((n, s) for n, s in describe().items() if n not in ("eps", "exp"))
@@ -32,6 +34,11 @@ def command(
 
     Every pair is a run of its own below RUN, with the other settings from CONFIG and flags; finished
     runs are not done again. RUN gets sweep.json, sweep.csv and sweep.png.
+
+    \b
+    Examples:
+      deltakit sweep run.yaml --eps 1,0.1 --exp 0,-1,2
+      deltakit sweep run.yaml --eps 1 --exp 0,1 --max-steps 200 --output-dir sweep
     """
     from deltakit.training.sweeps import sweep_d3, sweep_table
 

@@ -3,48 +3,55 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from deltakit.cli.options import (
-    PATH,
-    Listed,
-    force_option,
-    is_quiet,
-    json_option,
-    note,
-    print_json,
-    table,
-)
+from deltakit.cli.command import Command, Option
+from deltakit.cli.options import force_option, is_quiet, json_option, note, print_json, table
 from deltakit.cli.settings_options import given, setting_options
+from deltakit.cli.values import CONFIG, Listed, Name
+from deltakit.registry import declared
 from deltakit.training.config import describe
 from deltakit.training.config_file import read_file, resolve
+from deltakit.training.presets import PRESETS
+
+_compare_option = partial(click.option, cls=Option, section="Comparison of methods")
 
 
-@click.command("train", short_help="Fine-tune an exactly budgeted set of weights.")
-@click.argument("config", type=PATH, required=False)
+def _comparable() -> Iterable[str]:
+    return [
+        *declared("deltakit.selection", "METHODS"),
+        *declared("deltakit.training", "PEERS"),
+        *PRESETS,
+    ]
+
+
+@click.command("train", cls=Command, short_help="Fine-tune an exactly budgeted set of weights.")
+@click.argument("config", type=CONFIG, required=False)
 @setting_options(describe().items())
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run, to the same bits.")
-@click.option(
+@_compare_option(
     "--compare",
-    type=Listed(click.STRING),
+    type=Listed(Name(_comparable)),
     help="Train these methods, presets and peers (full, head, lora, shira) at equal budget.",
 )
-@click.option(
+@_compare_option(
     "--compare-lr",
     type=Listed(click.STRING),
     metavar="NAME=X,...",
     help="Learning rates of the methods to compare.",
 )
-@click.option(
+@_compare_option(
     "--seeds",
     type=Listed(click.INT),
     default="0,1,2",
     show_default=True,
     help="Seeds of the methods to compare.",
 )
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run, to the same bits.")
 @force_option
 @json_option
 def command(
@@ -64,6 +71,15 @@ def command(
 
     With --compare every method and seed is a run of its own, RUN/METHOD/seed-N; what is finished is
     not done again, what was interrupted goes on, and RUN gets compare.json, .csv and .png.
+
+    \b
+    Examples:
+      deltakit train --model MODEL --data train.jsonl --task sequence-classification \\
+          --budget 100k --output-dir run
+      deltakit train run.yaml --budget 0.1% --checkpoint-budgets 25k,50k --output-dir run
+      deltakit train run.yaml --method random --target attention --lr auto
+      deltakit train run/config.yaml --resume
+      deltakit train run.yaml --compare id3,random,lora --seeds 0,1
     """
     file = {} if config is None else read_file(config)
     if compare is not None:

@@ -7,22 +7,15 @@ from pathlib import Path
 import click
 
 from deltakit.budget import format_bytes
-from deltakit.cli.options import (
-    BUDGET,
-    SOURCE,
-    Source,
-    force_option,
-    json_option,
-    note,
-    output_option,
-    print_json,
-)
+from deltakit.cli.command import Command
+from deltakit.cli.options import Source, force_option, json_option, note, output_option, print_json
+from deltakit.cli.values import BASE, BUDGET, DELTA, NEW_DELTA, Choice
 from deltakit.errors import OutputError
 from deltakit.formats.atomic import refuse_existing
 
 
-@click.command()
-@click.argument("delta", type=SOURCE)
+@click.command(cls=Command)
+@click.argument("delta", type=DELTA)
 @click.option(
     "-b",
     "--budget",
@@ -33,13 +26,15 @@ from deltakit.formats.atomic import refuse_existing
 )
 @click.option(
     "--by",
-    type=click.Choice(["magnitude", "order"]),
+    type=Choice(["magnitude", "order"]),
     default="magnitude",
     show_default=True,
     help="Keep the largest changes, or those unmasked first (nested budgets).",
 )
-@click.option("--base", type=SOURCE, help="The base, for deltas that do not carry base values.")
-@output_option("Where to write; by default DELTA's name with the number of entries, beside it.")
+@click.option("--base", type=BASE, help="The base, for deltas that do not carry base values.")
+@output_option(
+    "Where to write; by default DELTA's name with the number of entries, beside it.", kind=NEW_DELTA
+)
 @force_option
 @json_option
 def command(

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import click
 
+from deltakit.cli.command import Option
 from deltakit.cli.evaluation_options import SETTINGS, evaluation_options, split_option
-from deltakit.cli.options import PATH, F
+from deltakit.cli.options import F
 from deltakit.cli.settings_options import given
+from deltakit.cli.values import PATH
 
 _NEEDED = ("model", "data", "task")
 _SEARCH = ("evaluations", "objective", "bounds", "regularization", "split", "plot")
-
-
-class TuningCommand(click.Command):
-    """A command whose help keeps the options of --tune-weights apart from its own."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Two sections of options."""
-        own: list[tuple[str, str]] = []
-        tuning: list[tuple[str, str]] = []
-        for parameter in self.get_params(ctx):
-            told = parameter.get_help_record(ctx)
-            if told is not None and isinstance(parameter, click.Option):
-                (tuning if parameter.name in (*_SEARCH, *SETTINGS) else own).append(told)
-        for title, rows in (("Options", own), ("Options of --tune-weights", tuning)):
-            with formatter.section(title):
-                formatter.write_dl(rows)
+_SECTION = "Options of --tune-weights"
+_option = partial(click.option, cls=Option, section=_SECTION)
 
 
 def tuning_options(function: F) -> F:
@@ -41,28 +30,28 @@ def tuning_options(function: F) -> F:
                 help="Find the weights that do best on validation data; needs --model, --data and "
                 "--task. --seed is the search's too.",
             ),
-            click.option(
+            _option(
                 "--evaluations",
                 type=click.IntRange(1),
                 help="Choices of weights to measure, exactly; 40 by default.",
             ),
-            click.option(
+            _option(
                 "--objective",
                 metavar="METRIC",
                 help="Metric to improve; the task's loss by default.",
             ),
-            click.option(
+            _option(
                 "--bounds", type=float, nargs=2, metavar="LOW HIGH", help="Of weights; -1.5 1.5."
             ),
-            click.option(
+            _option(
                 "--regularization",
                 type=click.FloatRange(0),
                 metavar="X",
                 help="Penalty on the mean absolute weight; 0.05 by default.",
             ),
-            click.option("--plot", type=PATH, metavar="FILE", help="Draw the search as PNG."),
-            evaluation_options,
-            split_option,
+            _option("--plot", type=PATH, metavar="PNG|SVG", help="Draw the search."),
+            evaluation_options(_SECTION),
+            split_option(_SECTION),
         ]
     ):
         function = option(function)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import click
 
-from deltakit.cli.options import SOURCE, Source, json_option, note, print_json, printable
+from deltakit.cli.command import Command
+from deltakit.cli.options import Source, json_option, note, print_json, printable
+from deltakit.cli.values import BASE, DELTA
 
 
-@click.command()
-@click.argument("delta", type=SOURCE)
-@click.option("--base", type=SOURCE, help="A checkpoint that must be the delta's base.")
+@click.command(cls=Command)
+@click.argument("delta", type=DELTA)
+@click.option("--base", type=BASE, help="A checkpoint that must be the delta's base.")
 @click.option(
     "--recorded-base",
     is_flag=True,

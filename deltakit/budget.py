@@ -10,6 +10,12 @@ from fractions import Fraction
 
 from deltakit.errors import BudgetError
 
+ALLOCATIONS = {  # ways of sharing a budget among tensors
+    "global": "all tensors compete for the whole budget",
+    "proportional": "in proportion to a tensor's size",
+    "uniform": "the same number for every tensor",
+    "erdos-renyi": "in proportion to the sum of a tensor's dimensions (Evci et al. 2020, RigL)",
+}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 _NUMBER = re.compile(r"(\d[\d_]*(?:\.\d+)?|\.\d+)\s*([kmbg%]?)", re.IGNORECASE)
 

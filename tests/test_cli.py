@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import deltakit
-from deltakit.cli import options
+from deltakit.cli import options, values
 from deltakit.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,8 +62,21 @@ def test_every_command_explains_itself(name: str, flag: str) -> None:
     assert "--quiet" in out
 
 
-def test_version() -> None:
-    assert run("--version") == (0, f"deltakit {deltakit.__version__}\n", "")
+def test_version_tells_what_deltakit_stands_on() -> None:
+    code, out, err = run("--version")
+    assert (code, err) == (0, "")
+    first, second = out.splitlines()
+    assert first == f"deltakit {deltakit.__version__}"
+    assert second.startswith(f"Python {platform.python_version()}, numpy {np.__version__}, ")
+
+
+def test_deltakit_alone_prints_the_help() -> None:
+    assert run() == run("--help")
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_help_of_a_command_is_its_help(name: str) -> None:
+    assert run("help", name) == run(name, "--help")
 
 
 def test_a_misspelt_command_is_wrong_usage_with_a_hint() -> None:
@@ -169,7 +184,8 @@ def test_sigterm_unwinds_so_that_nothing_partial_stays(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, check=False
     )
-    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, b"", b"")
+    assert done.returncode == 128 + signal.SIGTERM
+    assert (done.stdout, done.stderr) == (b"", b"Terminated.\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,7 +194,7 @@ def test_sigterm_unwinds_so_that_nothing_partial_stays(tmp_path: Path) -> None:
     [("100k", 100_000), ("2.5m", 2_500_000), ("5000", 5000), ("0.1%", "0.1%"), (" 7 ", 7)],
 )
 def test_budgets_become_numbers_and_shares_stay(text: str, value: int | str) -> None:
-    assert options.BUDGET.convert(text, None, None) == value
+    assert values.BUDGET.convert(text, None, None) == value
 
 
 @pytest.mark.parametrize("text", ["", "many", "-5", "1.5", "200%", "5kk"])
@@ -189,10 +205,10 @@ def test_what_is_no_budget_is_wrong_usage(text: str) -> None:
 
 
 def test_lists_are_separated_by_commas() -> None:
-    assert options.BUDGETS.convert("25k,1%", None, None) == (25_000, "1%")
-    assert options.NUMBERS.convert("0.5,-1", None, None) == (0.5, -1.0)
+    assert values.BUDGETS.convert("25k,1%", None, None) == (25_000, "1%")
+    assert values.NUMBERS.convert("0.5,-1", None, None) == (0.5, -1.0)
     with pytest.raises(click.BadParameter, match="'x' is not a valid float"):
-        options.NUMBERS.convert("1,x", None, None)
+        values.NUMBERS.convert("1,x", None, None)
 
 
 def test_tables_align_and_hide_no_control_characters() -> None:

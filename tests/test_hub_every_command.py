@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import deltakit as dk
 from deltakit.cli.main import COMMANDS, main
-from deltakit.cli.options import SourcePath
+from deltakit.cli.values import SourcePath
 from deltakit.errors import ConfigError, HubNotFoundError
 from deltakit.formats.sdelta import encode
 

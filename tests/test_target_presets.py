@@ -35,7 +35,8 @@ from deltakit.errors import ConfigError
 from deltakit.live.coordinates import checkpoint_names
 from deltakit.selection.allocation import allocate
 from deltakit.targets.patterns import matching
-from deltakit.targets.presets import TARGET_PRESETS, preset_tensors
+from deltakit.targets.preset_names import TARGET_PRESETS
+from deltakit.targets.presets import preset_tensors
 from deltakit.targets.roles import roles
 from deltakit.training.targets import choose_targets
 

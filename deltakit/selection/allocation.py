@@ -9,17 +9,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from deltakit.budget import ALLOCATIONS
 from deltakit.dtypes import Array
 from deltakit.errors import BudgetError, ConfigError
 from deltakit.targets.patterns import matching
 
 Allocation = str | Mapping[str, float]
-ALLOCATIONS = {
-    "global": "all tensors compete for the whole budget",
-    "proportional": "in proportion to a tensor's size",
-    "uniform": "the same number for every tensor",
-    "erdos-renyi": "in proportion to the sum of a tensor's dimensions (Evci et al. 2020, RigL)",
-}
 
 
 class Shared(Protocol):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from deltakit.dtypes import Array
 from deltakit.errors import ConfigError, nearest
-from deltakit.targets.presets import TARGET_PRESETS, preset_tensors
+from deltakit.targets.preset_names import TARGET_PRESETS
+from deltakit.targets.presets import preset_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deltakit.registry import Registry
-from deltakit.targets.presets import TARGET_PRESETS
+from deltakit.budget import ALLOCATIONS
+from deltakit.registry import Registry, declared
+from deltakit.targets.preset_names import TARGET_PRESETS
 from deltakit.training.presets import PRESETS
 from deltakit.training.settings import (
     Kind,
@@ -23,7 +24,7 @@ from deltakit.training.settings import (
     yes_or_no,
 )
 
-METHOD, ADAPTER = "Method", "Adapter"
+METHOD, SELECTION, ADAPTER = "Method", "Selection", "Adapter"
 METHOD_SETTINGS = (
     *("heuristic", "eps", "exp", "precondition"),
     *("schedule", "allocation", "unmask_fraction", "every", "restore"),
@@ -73,7 +74,7 @@ class MethodSettings:
 
     method: str = setting(
         "id3",
-        choice(lambda: _methods().names(), "NAME"),
+        choice(lambda: _methods().names(), quick=lambda: declared("deltakit.selection", "METHODS")),
         METHOD,
         "how entries are chosen; docs/settings.md lists the methods",
     )
@@ -86,110 +87,131 @@ class MethodSettings:
     budget: str | int = setting(
         "", entry_count(), METHOD, "entries to train: 100k, 0.1% of the base, or 6% of the adapter"
     )
-    heuristic: str | None = setting(
-        None,
-        choice(_heuristics),
-        METHOD,
-        "what makes an entry worth training, for static, increment, repeat and drop-and-grow",
-    )
-    eps: float | None = setting(None, real(above=True), METHOD, "eps of the D3 score")
-    exp: float | None = setting(None, real(-100, 100), METHOD, "exponent of the D3 score")
-    schedule: str | None = setting(
-        None, choice(_schedules), METHOD, "how unmasking spreads over the steps"
-    )
-    allocation: str | Mapping[str, float] | None = setting(
-        None,
-        Kind(_allocation, "NAME|PATTERN=SHARE,..."),
-        METHOD,
-        "how the budget is shared among tensors",
-    )
-    unmask_fraction: float | None = setting(
-        None, real(0, 1, above=True), METHOD, "share of all steps that unmask entries"
-    )
-    precondition: str | None = setting(
-        None, one_of("none", "factored"), METHOD, "what the gradient is divided by for scoring"
-    )
-    every: int | None = setting(None, whole(1), METHOD, "steps from one selection to the next")
-    restore: bool | None = setting(
-        None, yes_or_no(), METHOD, "whether entries that repeat drops return to their base bits"
-    )
-    rate: float | None = setting(
-        None, real(0, 1), METHOD, "share of entries that drop-and-grow exchanges at first"
-    )
-    first_rate: float | None = setting(
-        None, real(0, 1), METHOD, "share that its very first exchange takes"
-    )
-    decay: str | None = setting(
-        None, one_of("linear", "cosine"), METHOD, "how the exchanged share falls"
-    )
-    num_batches: int | None = setting(
-        None, whole(1), METHOD, "batches whose gradients are summed before training"
-    )
-    num_samples: int | None = setting(
-        None, whole(1), METHOD, "training examples that Fisher information is measured with"
-    )
-    labels: str | None = setting(
-        None,
-        one_of("empirical", "model", "expected"),
-        METHOD,
-        "labels of Fisher information: the data's, drawn from the model, or all by expectation",
-    )
-    square: bool | None = setting(
-        None, yes_or_no(), METHOD, "whether Fisher information squares gradients"
-    )
-    difference: float | None = setting(
-        None, real(above=True), METHOD, "step of grasp where a model has no second derivative: 1e-2"
-    )
-    dense_steps: int | None = setting(
-        None, whole(1), METHOD, "steps of the dense phase before training"
-    )
-    dense_fraction: float | None = setting(
-        None, real(above=True), METHOD, "the same, as a share of the training steps"
-    )
-    dense_lr: float | None = setting(
-        None, real(above=True), METHOD, "learning rate of the dense phase"
-    )
-    iterations: int | None = setting(
-        None, whole(1), METHOD, "dense phases of lt-sft, each of which adds its part of the budget"
-    )
-    probability: float | None = setting(
-        None, real(0, 1, above=True), METHOD, "share of gradients that child-tuning-f keeps"
-    )
-    penalty: float | None = setting(None, real(), METHOD, "price of an open gate of diff-pruning")
-    mask: str | None = setting(
-        None, text("DELTA"), METHOD, "delta whose entries method mask trains, `budget` in all"
-    )
-    order: str | None = setting(
-        None,
-        one_of("random", "first", "last"),
-        METHOD,
-        "which rows, columns, heads or blocks a structured mask takes",
-    )
-    block_size: int | None = setting(None, whole(1), METHOD, "side of a block of method blocks: 16")
-    n: int | None = setting(None, whole(1), METHOD, "entries that method n:m takes of a group: 2")
-    m: int | None = setting(None, whole(1), METHOD, "consecutive weights in a group of n:m: 4")
-    pick: str | None = setting(
-        None,
-        one_of("random", "largest", "smallest"),
-        METHOD,
-        "which weights of a group method n:m takes, by magnitude or at random",
-    )
-    mask_seed: int | None = setting(None, whole(0), METHOD, "seed of a mask; `seed` if unset")
     target: tuple[str, ...] = setting(
         (),
-        many(text("PATTERN")),
+        many(text("PATTERN", lambda: TARGET_PRESETS)),
         METHOD,
         f"tensors to train, by pattern or as {', '.join(TARGET_PRESETS)}; all if unset",
     )
     exclude: tuple[str, ...] = setting(
-        (), many(text("PATTERN")), METHOD, "tensors to leave alone, named as those of target"
+        (),
+        many(text("PATTERN", lambda: TARGET_PRESETS)),
+        METHOD,
+        "tensors to leave alone, named as those of target",
     )
     extras: tuple[str, ...] = setting(
-        (), many(text("PATTERN")), METHOD, "tensors trained densely, beside those the base lacks"
+        (),
+        many(text("PATTERN", lambda: TARGET_PRESETS)),
+        METHOD,
+        "tensors trained densely, beside those the base lacks",
     )
     age: str = setting(
         "entry", one_of("entry", "shared"), METHOD, "Adam's step count: per entry, or one for all"
     )
+    heuristic: str | None = setting(
+        None,
+        choice(_heuristics, quick=lambda: declared("deltakit.selection", "HEURISTICS")),
+        SELECTION,
+        "what makes an entry worth training, for static, increment, repeat and drop-and-grow",
+    )
+    eps: float | None = setting(None, real(above=True), SELECTION, "eps of the D3 score")
+    exp: float | None = setting(None, real(-100, 100), SELECTION, "exponent of the D3 score")
+    schedule: str | None = setting(
+        None,
+        choice(_schedules, quick=lambda: declared("deltakit.selection", "SCHEDULES")),
+        SELECTION,
+        "how unmasking spreads over the steps",
+    )
+    allocation: str | Mapping[str, float] | None = setting(
+        None,
+        Kind(_allocation, "NAME|PATTERN=SHARE,...", names=lambda: ALLOCATIONS),
+        SELECTION,
+        "how the budget is shared among tensors",
+    )
+    unmask_fraction: float | None = setting(
+        None, real(0, 1, above=True), SELECTION, "share of all steps that unmask entries"
+    )
+    precondition: str | None = setting(
+        None, one_of("none", "factored"), SELECTION, "what the gradient is divided by for scoring"
+    )
+    every: int | None = setting(None, whole(1), SELECTION, "steps from one selection to the next")
+    restore: bool | None = setting(
+        None, yes_or_no(), SELECTION, "whether entries that repeat drops return to their base bits"
+    )
+    rate: float | None = setting(
+        None, real(0, 1), SELECTION, "share of entries that drop-and-grow exchanges at first"
+    )
+    first_rate: float | None = setting(
+        None, real(0, 1), SELECTION, "share that its very first exchange takes"
+    )
+    decay: str | None = setting(
+        None, one_of("linear", "cosine"), SELECTION, "how the exchanged share falls"
+    )
+    num_batches: int | None = setting(
+        None, whole(1), SELECTION, "batches whose gradients are summed before training"
+    )
+    num_samples: int | None = setting(
+        None, whole(1), SELECTION, "training examples that Fisher information is measured with"
+    )
+    labels: str | None = setting(
+        None,
+        one_of("empirical", "model", "expected"),
+        SELECTION,
+        "labels of Fisher information: the data's, drawn from the model, or all by expectation",
+    )
+    square: bool | None = setting(
+        None, yes_or_no(), SELECTION, "whether Fisher information squares gradients"
+    )
+    difference: float | None = setting(
+        None,
+        real(above=True),
+        SELECTION,
+        "step of grasp where a model has no second derivative: 1e-2",
+    )
+    dense_steps: int | None = setting(
+        None, whole(1), SELECTION, "steps of the dense phase before training"
+    )
+    dense_fraction: float | None = setting(
+        None, real(above=True), SELECTION, "the same, as a share of the training steps"
+    )
+    dense_lr: float | None = setting(
+        None, real(above=True), SELECTION, "learning rate of the dense phase"
+    )
+    iterations: int | None = setting(
+        None,
+        whole(1),
+        SELECTION,
+        "dense phases of lt-sft, each of which adds its part of the budget",
+    )
+    probability: float | None = setting(
+        None, real(0, 1, above=True), SELECTION, "share of gradients that child-tuning-f keeps"
+    )
+    penalty: float | None = setting(
+        None, real(), SELECTION, "price of an open gate of diff-pruning"
+    )
+    mask: str | None = setting(
+        None, text("DELTA"), SELECTION, "delta whose entries method mask trains, `budget` in all"
+    )
+    order: str | None = setting(
+        None,
+        one_of("random", "first", "last"),
+        SELECTION,
+        "which rows, columns, heads or blocks a structured mask takes",
+    )
+    block_size: int | None = setting(
+        None, whole(1), SELECTION, "side of a block of method blocks: 16"
+    )
+    n: int | None = setting(
+        None, whole(1), SELECTION, "entries that method n:m takes of a group: 2"
+    )
+    m: int | None = setting(None, whole(1), SELECTION, "consecutive weights in a group of n:m: 4")
+    pick: str | None = setting(
+        None,
+        one_of("random", "largest", "smallest"),
+        SELECTION,
+        "which weights of a group method n:m takes, by magnitude or at random",
+    )
+    mask_seed: int | None = setting(None, whole(0), SELECTION, "seed of a mask; `seed` if unset")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ from dataclasses import fields
 
 import yaml
 
+from deltakit.budget import ALLOCATIONS
 from deltakit.selection import HEURISTICS, METHODS
-from deltakit.selection.allocation import ALLOCATIONS
 from deltakit.selection.recipe import settings_of
 from deltakit.selection.schedules import SCHEDULES
-from deltakit.targets.presets import TARGET_PRESETS
+from deltakit.targets.preset_names import TARGET_PRESETS
 from deltakit.training.config import REQUIRED, TrainConfig, describe
 from deltakit.training.config_method import METHOD_SETTINGS
 from deltakit.training.peers import PEERS

@@ -1,22 +1,50 @@
-"""The table of tasks. A new one is a file with a `Task` function and a line here."""
+"""The table of tasks. A new one is a file with a `Task` function and a line here.
+
+A task's module is imported when it is first used, so that its name costs help and shells nothing.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from deltakit.registry import Registry
-from deltakit.training.causal_lm import causal_lm
-from deltakit.training.classification import sequence_classification
-from deltakit.training.image_classification import image_classification
-from deltakit.training.seq2seq_lm import seq2seq_lm
-from deltakit.training.task import Task
-from deltakit.training.token_classification import token_classification
+
+if TYPE_CHECKING:
+    from deltakit.training.data import Table
+    from deltakit.training.task import Head, Problem, Task, TaskSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """The task `function` of a module of this package."""
+
+    module: str
+    function: str
+
+    def __call__(
+        self, tables: Mapping[str, Table], settings: TaskSettings, head: Head | None
+    ) -> Problem:
+        """The problem that the tables pose; see `Task`."""
+        task: Task = getattr(import_module(f"deltakit.training.{self.module}"), self.function)
+        return task(tables, settings, head)
+
 
 TASKS: Registry[Task] = Registry("task")
 TASKS.register("sequence-classification", "classes or a number for a text or a pair of texts")(
-    sequence_classification
+    Imported("classification", "sequence_classification")
 )
-TASKS.register("token-classification", "a tag for every word")(token_classification)
+TASKS.register("token-classification", "a tag for every word")(
+    Imported("token_classification", "token_classification")
+)
 TASKS.register("causal-lm", "completions of prompts, options, chat answers, or plain text")(
-    causal_lm
+    Imported("causal_lm", "causal_lm")
 )
-TASKS.register("seq2seq-lm", "target texts or options for source texts")(seq2seq_lm)
-TASKS.register("image-classification", "classes or a number for an image")(image_classification)
+TASKS.register("seq2seq-lm", "target texts or options for source texts")(
+    Imported("seq2seq_lm", "seq2seq_lm")
+)
+TASKS.register("image-classification", "classes or a number for an image")(
+    Imported("image_classification", "image_classification")
+)
