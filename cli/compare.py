@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from deltakit.cli.command import Command
-from deltakit.cli.options import Source, force_option, json_option, note, print_json, table
+from deltakit.cli.options import (
+    Source,
+    force_option,
+    json_option,
+    note,
+    print_json,
+    progress,
+    table,
+)
 from deltakit.cli.values import DELTA, PATH, Choice
 from deltakit.figures import check_figure
 from deltakit.formats.atomic import refuse_existing
@@ -62,7 +70,8 @@ def command(
         check_figure(plot)
     from deltakit.comparing.compare import compare
 
-    found = compare(deltas)
+    with progress("Comparing") as advance:
+        found = compare(deltas, progress=advance)
     if plot is not None:
         from deltakit.comparing.plot import plot_comparison
 

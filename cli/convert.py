@@ -15,6 +15,7 @@ from deltakit.cli.options import (
     note,
     print_json,
     printable,
+    progress,
     table,
 )
 from deltakit.cli.values import BASE, BUDGET, PATH, SOURCE, Choice, Name
@@ -124,20 +125,22 @@ def command(
     """
     from deltakit.conversion import convert
 
-    report = convert(
-        source,
-        out,
-        from_format=from_format,
-        to_format=to_format,
-        base=base,
-        budget=budget,
-        density=density,
-        form=form,
-        mode="set" if mode == "set" else "add" if mode else None,
-        prefix=prefix,
-        lossy=lossy,
-        force=force,
-    )
+    with progress("Converting") as advance:
+        report = convert(
+            source,
+            out,
+            from_format=from_format,
+            to_format=to_format,
+            base=base,
+            budget=budget,
+            density=density,
+            form=form,
+            mode="set" if mode == "set" else "add" if mode else None,
+            prefix=prefix,
+            lossy=lossy,
+            force=force,
+            progress=advance,
+        )
     if as_json:
         print_json(report.as_dict())
         return

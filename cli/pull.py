@@ -9,7 +9,14 @@ import click
 
 from deltakit.budget import format_bytes
 from deltakit.cli.command import Command
-from deltakit.cli.options import force_option, json_option, output_option, print_json, printable
+from deltakit.cli.options import (
+    force_option,
+    json_option,
+    output_option,
+    print_json,
+    printable,
+    progress,
+)
 from deltakit.cli.values import BUDGET, NEW_DELTA
 
 if TYPE_CHECKING:
@@ -58,7 +65,16 @@ def command(
     """
     from deltakit.publishing.pull import pull
 
-    report = pull(repo, output, revision=revision, budget=budget, family=family, force=force)
+    with progress("Checking") as advance:
+        report = pull(
+            repo,
+            output,
+            revision=revision,
+            budget=budget,
+            family=family,
+            force=force,
+            progress=advance,
+        )
     if as_json:
         print_json(report.as_dict())
         return

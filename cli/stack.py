@@ -110,7 +110,8 @@ def command(
         with progress("Stacking") as advance:
             made = stack(deltas, method, factors, base=base, progress=advance, **options)
         report = dict(made.provenance)
-    save(made, target)
+    with progress("Writing") as advance:
+        save(made, target, progress=advance)
     size = target.stat().st_size
     for told in made.provenance.get("notes", ()):
         note(f"Note: {told}")

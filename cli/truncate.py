@@ -8,7 +8,15 @@ import click
 
 from deltakit.budget import format_bytes
 from deltakit.cli.command import Command
-from deltakit.cli.options import Source, force_option, json_option, note, output_option, print_json
+from deltakit.cli.options import (
+    Source,
+    force_option,
+    json_option,
+    note,
+    output_option,
+    print_json,
+    progress,
+)
 from deltakit.cli.values import BASE, BUDGET, DELTA, NEW_DELTA, Choice
 from deltakit.errors import OutputError
 from deltakit.formats.atomic import refuse_existing
@@ -64,12 +72,14 @@ def command(
     file = local_delta(delta)
     if output is not None:
         _check_output(output, file, force)
-    whole = load(file)
+    with progress("Reading") as advance:
+        whole = load(file, progress=advance)
     small = truncate(whole, budget, "order" if by == "order" else "magnitude", base)
     named = named_after(delta, ".sdelta")
     target = output or named.with_name(f"{named.stem}-{small.nnz}.sdelta")
     _check_output(target, file, force)
-    save(small, target, values=_stored_as(file))
+    with progress("Writing") as advance:
+        save(small, target, values=_stored_as(file), progress=advance)
     size = target.stat().st_size
     if as_json:
         print_json({"output": target, "entries": small.nnz, "of": whole.nnz, "bytes": size})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from deltakit.cli.command import Command
-from deltakit.cli.options import Source, json_option, note, print_json, printable
+from deltakit.cli.options import Source, json_option, note, print_json, printable, progress
 from deltakit.cli.values import BASE, DELTA
 
 
@@ -37,7 +37,8 @@ def command(delta: Source, base: Source | None, recorded_base: bool, as_json: bo
         raise click.UsageError("--base and --recorded-base name two bases; give one")
     from deltakit.verification import verify
 
-    found = verify(delta, base, recorded_base=recorded_base)
+    with progress("Checking") as advance:
+        found = verify(delta, base, recorded_base=recorded_base, progress=advance)
     if as_json:
         print_json({"path": delta, **found.as_dict()})
     else:

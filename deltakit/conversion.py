@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ def convert(
     prefix: str = "",
     lossy: bool = False,
     force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
     """Convert the delta or adapter at `source` and write it to `out`.
 
@@ -90,7 +91,8 @@ def convert(
     dense change (LoRA). form: whether a LoRA adapter stays an adapter or becomes entries of the
     base's weights; by default weights where a budget or density is given. mode, prefix, lossy: see
     `deltakit.formats.bridges.bridge.Options`. force: replace an output that exists; a folder only
-    where it is of a known format.
+    where it is of a known format. progress: called with (tensors done, tensors in all), or entries
+    for .sdelta files.
 
     Raises FormatError for input that is of no known format or broken, ConfigError where something
     must be said that was not, CoordinateError and BaseMismatchError for another base,
@@ -98,7 +100,13 @@ def convert(
     """
     where, target = local_source(source), Path(out)
     options = Options(
-        budget=budget, density=density, form=form, mode=mode, prefix=prefix, lossy=lossy
+        budget=budget,
+        density=density,
+        form=form,
+        mode=mode,
+        prefix=prefix,
+        lossy=lossy,
+        progress=progress,
     )
     reader, found = _reader(where, from_format)
     writer = BRIDGES[_target_format(reader.name, to_format)]()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ def verify(
     base: str | Path | Checkpoint | None = None,
     *,
     recorded_base: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Read all of a .sdelta file and check it, against its base too if that is given.
 
@@ -57,7 +58,8 @@ def verify(
     time, and held against its check value; DoRA needs the base for that. What is wrong is reported,
     tensor by tensor, not raised; only a delta file or a base that cannot be opened raises MissingFileError, a base that is no
     checkpoint FormatError, and one that holds a part of a merge in place JournalError; a recorded one
-    that cannot be had raises HubError or ConfigError.
+    that cannot be had raises HubError or ConfigError. progress: called with (entries done, entries
+    in all).
     """
     checkpoint = Checkpoint(base) if isinstance(base, (str, Path)) else base
     problems: list[str] = []
@@ -74,7 +76,11 @@ def verify(
         if recorded_base:
             checkpoint, found = whole_recorded_base(label_of(delta_path), file.base, _COMMAND)
             notes += found
-        for name in file.tensors:
+        seen = 0
+        for name, record in file.tensors.items():
+            seen += record.nnz
+            if progress is not None:
+                progress(seen, file.header.nnz)
             try:
                 tensor = file.tensor(name)
                 notes += _against_base(file, tensor, checkpoint)

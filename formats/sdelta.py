@@ -11,8 +11,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
-from deltakit.delta import SparseDelta
+from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.errors import MissingFileError
 from deltakit.formats.atomic import replacing
 from deltakit.formats.header import ExtraRecord, SdeltaHeader, TensorRecord
@@ -40,18 +41,21 @@ def save(
     values: str | None = None,
     order: bool = True,
     base_values: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write `delta` to `path`, atomically; a file that is there is replaced.
 
     values: the dtype that `add` values are stored in, "float32", "bfloat16" or "float16", rounded
     to nearest even; by default float32, and float64 for float64 tensors. `set` values are always
     the base dtype's own bits. order, base_values: whether to write these where the delta has them.
-    Equal arguments give equal bytes. Raises DeltaError when a value is too large for `values` or
+    progress: called with (entries done, entries in all). Equal arguments give equal bytes. Raises DeltaError when a value is too large for `values` or
     an extra has a reserved name, FormatError when config or provenance are no JSON or a seed does
     not generate its indices, ConfigError for other `values`, MissingFileError when `path` cannot
     be written.
     """
-    parts = list(pieces(delta, values=values, order=order, base_values=base_values))
+    parts = list(
+        pieces(delta, values=values, order=order, base_values=base_values, progress=progress)
+    )
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.writelines(parts)
 
@@ -67,16 +71,26 @@ def encode(
     return b"".join(pieces(delta, values=values, order=order, base_values=base_values))
 
 
-def load(path: str | os.PathLike[str]) -> SparseDelta:
+def load(
+    path: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None
+) -> SparseDelta:
     """Read a whole `.sdelta` file, every byte of it checked.
 
     path: of a file, or `hf://owner/repo[@revision][/file]`, which is downloaded into the cache.
+    progress: called with (entries done, entries in all).
     Raises MissingFileError when it cannot be opened, HubError when it cannot be downloaded, and FormatError (also UnsupportedVersionError,
     ChecksumError) when it is not exactly what the format demands.
     """
     with SdeltaFile(path) as file:
+        tensors: dict[str, TensorDelta] = {}
+        done = 0
+        for name in file.tensors:
+            tensors[name] = file.tensor(name)
+            done += tensors[name].nnz
+            if progress is not None:
+                progress(done, file.header.nnz)
         return SparseDelta(
-            tensors={name: file.tensor(name) for name in file.tensors},
+            tensors=tensors,
             extras={name: file.extra(name) for name in file.extras},
             base=file.base,
             config=file.config,

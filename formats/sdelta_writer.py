@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from deltakit.delta import Fingerprint, SparseDelta, TensorDelta
 from deltakit.dtypes import Array, dtype_of
@@ -22,18 +22,23 @@ def pieces(
     values: str | None = None,
     order: bool = True,
     base_values: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[bytes]:
     """The bytes of the file, in order, piece by piece; see `deltakit.formats.sdelta.save`."""
     if sys.byteorder != "little":
         raise FormatError("sdelta files are little-endian; this machine is not, and cannot write")
     records: dict[str, TensorRecord] = {}
     streams: dict[str, list[bytes]] = {}
+    done = 0
     for tensor in delta.tensors.values():
         known = None if delta.base is None else delta.base.tensors.get(tensor.name)
         record, parts = tensor_streams(tensor, known, values, order, base_values)
         records[tensor.name] = record
         for name, data in zip(record.streams(), parts, strict=True):
             streams.setdefault(name, []).append(data)
+        done += tensor.nnz
+        if progress is not None:
+            progress(done, delta.nnz)
     extras = {}
     for name, array in delta.extras.items():
         extras[name], data = extra_stream(name, array)

@@ -172,11 +172,14 @@ class Comparison:
         return f"{self.deltas[pair.first].label} and {self.deltas[pair.second].label}"
 
 
-def compare(deltas: Sequence[Given]) -> Comparison:
+def compare(
+    deltas: Sequence[Given], *, progress: Callable[[int, int], None] | None = None
+) -> Comparison:
     """How deltas overlap, disagree and point, pair by pair.
 
     deltas: at least two SparseDelta objects or paths of .sdelta files. Files are read tensor by
-    tensor: one tensor of every delta is in memory at a time. Extras are not compared. Entries of
+    tensor: one tensor of every delta is in memory at a time. progress: called with (tensors done,
+    tensors in all). Extras are not compared. Entries of
     tensors whose shapes differ do not meet, nor do those of different adapters. Takes O(n log n) time in the entries, for each pair.
     Raises ConfigError for fewer than two deltas, MissingFileError and FormatError as `load` does.
     """
@@ -190,13 +193,16 @@ def compare(deltas: Sequence[Given]) -> Comparison:
         places = list(combinations(range(len(sides)), 2))
         found: dict[tuple[int, int], dict[str, Overlap]] = {place: {} for place in places}
         apart = {(one, other): _apart(sides[one], sides[other]) for one, other in places}
-        for name in sorted({name for side in sides for name in side.tensors}, key=str.encode):
+        names = sorted({name for side in sides for name in side.tensors}, key=str.encode)
+        for done, name in enumerate(names, 1):
             held = [_entries(side, name) for side in sides]
             for one, other in places:
                 if apart[one, other]:
                     continue
                 if held[one] is not None or held[other] is not None:
                     found[one, other][name] = overlap_of(held[one], held[other])
+            if progress is not None:
+                progress(done, len(names))
         told = [
             Compared(
                 label=f"delta {at}" if isinstance(given, SparseDelta) else label_of(given),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,6 +76,7 @@ def pull(
     budget: int | str | None = None,
     family: bool = False,
     force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PullReport:
     """Get a delta from the Hub into a file of its own, every byte of it checked.
 
@@ -83,7 +84,8 @@ def pull(
     that exists; by default a file in the working directory named after the repository, the file or
     the budget. revision: a branch, tag or commit. budget: get the delta that has exactly so many
     entries (see `deltakit.publishing.family.member`). family: get all deltas with config.yaml and
-    metrics.json, into a folder. force: replace files that exist.
+    metrics.json, into a folder. force: replace files that exist. progress: called with (entries
+    checked, entries in all) of each delta.
 
     Nothing appears at its place before all of it was read and compared with its own digests; a file
     that differs is removed from the cache. Raises HubError and its children, ChecksumError,
@@ -116,7 +118,7 @@ def pull(
         for name, place in written.items():
             if family:
                 place.parent.mkdir(parents=True, exist_ok=True)
-            _copy(listing, name, place)
+            _copy(listing, name, place, progress)
     return _report(listing, target, places)
 
 
@@ -196,14 +198,16 @@ def _folder(target: Path | None) -> Iterator[Path | None]:
         yield temporary
 
 
-def _copy(listing: Listing, name: str, place: Path) -> None:
+def _copy(
+    listing: Listing, name: str, place: Path, progress: Callable[[int, int], None] | None
+) -> None:
     with replacing(place) as temporary:
         shutil.copyfile(listing.folder / name, temporary)
         if not name.endswith(DELTA):
             return
         with _explaining(listing, name, temporary):
             with SdeltaFile(temporary):
-                problems = verify(temporary).problems
+                problems = verify(temporary, progress=progress).problems
             if problems:
                 raise FormatError(problems[0])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -25,6 +25,7 @@ class Options:
     mode: what values are, differences or new weights, where a file does not say.
     prefix: what the live model has before the checkpoint's names, for formats of live names.
     lossy: leave out what cannot be converted, with a note, where it would be refused.
+    progress: called with (tensors done, tensors in all) by what takes long.
     """
 
     budget: int | str | None = None
@@ -33,6 +34,7 @@ class Options:
     mode: Mode | None = None
     prefix: str = ""
     lossy: bool = False
+    progress: Callable[[int, int], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,9 @@ class PeftLora(Bridge):
         touched += [f"{m}.bias" for m, keys in adapter.modules.items() if _BIAS in keys]
         names = checkpoint_names(touched, base, adapter.saved)
         changes = _changes(adapter, names, base)
-        tensors, energy = sparsified(changes, entries_to_keep(changes, options, base))
+        tensors, energy = sparsified(
+            changes, entries_to_keep(changes, options, base), options.progress
+        )
         extras, notes = saved_whole(adapter, names, base)
         if base is None:
             notes.append("no base was given: the weights are taken to be float32 of the same names")

@@ -30,7 +30,7 @@ class Sdelta(Bridge):
             return None
 
     def read(self, path: Path, *, base: Checkpoint | None, options: Options) -> Reading:
-        return Reading(load(path))
+        return Reading(load(path, progress=options.progress))
 
     def write(
         self, delta: SparseDelta, path: Path, *, base: Checkpoint | None, options: Options

@@ -62,13 +62,16 @@ def entries_to_keep(
 
 
 def sparsified(
-    changes: Sequence[DenseChange], count: int
+    changes: Sequence[DenseChange],
+    count: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, TensorDelta], dict[str, Energy]]:
     """The `count` largest entries by |change| over all tensors, and each tensor's energy.
 
     Exactly min(count, changes that are not zero) entries; equal ones in the order of the tensors as
     given, then of their indices. Beside one dense tensor it holds at most 3 * count entries.
-    Raises FormatError for a change that is not finite.
+    progress: called with (tensors done, tensors in all). Raises FormatError for a change that is not
+    finite.
     """
     pool: list[_Part] = []
     whole: list[float] = []
@@ -92,6 +95,8 @@ def sparsified(
             if sum(len(part.indices) for part in pool) > 2 * count:
                 pool, least = _largest(pool, count)
         whole.append(math.fsum(squares))
+        if progress is not None:
+            progress(len(whole), len(changes))
     pool, _ = _largest(pool, count)
     tensors = {}
     energy = {c.name: Energy(whole=w, kept=0.0) for c, w in zip(changes, whole, strict=True)}
