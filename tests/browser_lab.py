@@ -20,6 +20,7 @@ from selenium.common.exceptions import WebDriverException
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 _TIMEOUT = 30  # seconds for a page to load; a loaded machine takes a few
@@ -103,9 +104,11 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
     def scheme(self, scheme: Literal["light", "dark"]) -> None:
-        """What the page finds in `prefers-color-scheme`."""
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        """What the page finds in `prefers-color-scheme`; motion is reduced, so that tests need not
+        wait for scrolling."""
+        wishes = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
+        features = [{"name": name, "value": value} for name, value in wishes.items()]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
     def too_wide(self) -> list[str]:
         """The page's parts that make it scroll sideways, outermost first; empty is good."""
@@ -155,9 +158,15 @@ class Browser:
         """The visible text of the only element that a CSS selector matches."""
         return self.one(css).text
 
-    def press(self, *keys: str) -> None:
+    def press(self, *keys: str, shift: bool = False) -> None:
         """Press keys, one after another, wherever the focus is (selenium's `Keys`)."""
-        ActionChains(self.driver).send_keys(*keys).perform()
+        chain = ActionChains(self.driver)
+        if shift:
+            chain.key_down(Keys.SHIFT)
+        chain.send_keys(*keys)
+        if shift:
+            chain.key_up(Keys.SHIFT)
+        chain.perform()
 
     def focused(self) -> WebElement:
         """The element that has the keyboard's focus."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from os.path import commonprefix
 from pathlib import PurePath
 from typing import Any
 
@@ -34,20 +33,7 @@ def comparison_page(found: Comparison) -> str:
 def _data(found: Comparison) -> dict[str, Any]:
     """What comparison.js draws; overlaps as `_row` gives them."""
     labels = _short([delta.label for delta in found.deltas])
-    pairs: list[dict[str, Any]] = [
-        {
-            "first": pair.first,
-            "second": pair.second,
-            "base": pair.base.verdict,
-            "evidence": pair.base.why,
-            "apart": pair.apart or None,
-            "folded_cosine": _rounded(pair.folded_cosine),
-            "unknown": pair.total.unknown,
-            "collision": _rounded(pair.total.collision),
-            "total": _row(pair.total),
-        }
-        for pair in found.pairs
-    ]
+    pairs = [_described(pair) for pair in found.pairs]
     room = _ROOM
     parts = []
     for by, of in _PARTS.items():
@@ -70,12 +56,32 @@ def _data(found: Comparison) -> dict[str, Any]:
     }
 
 
+def _described(pair: Pair) -> dict[str, Any]:
+    total = pair.total
+    return {
+        "first": pair.first,
+        "second": pair.second,
+        "base": pair.base.verdict,
+        "evidence": pair.base.why,
+        "apart": pair.apart or None,
+        "folded_cosine": _rounded(pair.folded_cosine),
+        "unknown": total.unknown,
+        "collision": _rounded(total.collision),
+        "total": _row(total),
+    }
+
+
 def _short(labels: Sequence[str]) -> list[str]:
     """Labels without the folders and the file name that all of them have in common."""
     parts = [PurePath(label).parts for label in labels]
-    start = len(commonprefix(parts))
-    end = len(commonprefix([each[::-1] for each in parts]))
+    start, end = _alike(parts), _alike([each[::-1] for each in parts])
     return ["/".join(each[start : len(each) - end]) or each[-1] for each in parts]
+
+
+def _alike(parts: Sequence[Sequence[str]]) -> int:
+    """How many words all begin with."""
+    told = (at for at, words in enumerate(zip(*parts, strict=False)) if len(set(words)) > 1)
+    return next(told, min(map(len, parts)))
 
 
 def _cost(name: str, pairs: int) -> int:
