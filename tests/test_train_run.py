@@ -43,6 +43,8 @@ def test_files_of_a_run(run: Path) -> None:
         "density.png",
         "log.jsonl",
         "metrics.json",
+        "report.html",
+        "run.json",
         "unmasking.png",
     ]
     assert (run / "budget.png").read_bytes().startswith(b"\x89PNG")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deltakit import __version__
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import save
 from deltakit.training.analysis_report import analyses, plot_unmasking
@@ -20,6 +17,7 @@ from deltakit.training.build import Plan, Subject, build_trainer
 from deltakit.training.config import TrainConfig
 from deltakit.training.config_file import write_file
 from deltakit.training.density_report import hessian_norms, plot_density, travelled
+from deltakit.training.environment import versions
 from deltakit.training.folder import RunFolder
 from deltakit.training.lr_run import known_rate, settle_rate
 from deltakit.training.memory import PeakMemory
@@ -29,6 +27,7 @@ from deltakit.training.progress import showing
 from deltakit.training.quiet import quieten
 from deltakit.training.report import plot, write_metrics
 from deltakit.training.reporting import check_trackers
+from deltakit.training.run_report import RunReport
 from deltakit.training.trainer import SparseTrainer
 from deltakit.training.watch import BestDelta, metrics_of
 
@@ -79,6 +78,8 @@ def train(
         write_file(config, folder.config)
     trainer = build_trainer(subject, plan, folder)
     config = settle_rate(config, trainer, folder, say)
+    report = RunReport(folder, subject, plan, say)
+    trainer.add_callback(report)
     memory, training = PeakMemory(), time.monotonic()
     with showing(trainer, prepared.metric, quiet=quiet):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -97,6 +98,7 @@ def train(
     plot_unmasking(found, folder.unmasking_plot)
     plot_density(found["hessian"], found["travelled"], folder.density_plot)
     write_metrics(record, folder.metrics)
+    report.write()
     folder.drop_checkpoints()
     return Outcome(record, None, trainer.state.global_step)
 
@@ -151,7 +153,7 @@ def _results(
         "steps": step,
         "lr": config.lr,
         "lr_auto": delta.provenance.get("lr_auto"),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -176,9 +178,3 @@ def _last_evaluation(trainer: SparseTrainer) -> Mapping[str, Any]:
             return record
     metrics: Mapping[str, Any] = trainer.evaluate()
     return metrics
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "numpy", "scikit-learn")
-    known = {name: version(name) for name in packages}
-    return {"deltakit": __version__, "python": platform.python_version(), **known}
