@@ -76,11 +76,13 @@ def command(
         from deltakit.comparing.plot import plot_comparison
 
         plot_comparison(found, plot)
+        note(f"Wrote {plot}.")
     if html is not None:
         from deltakit.pages.comparison_page import comparison_page
         from deltakit.pages.page import write_page
 
         write_page(html, comparison_page(found))
+        note(f"Wrote {html}, a page for any browser.")
     if as_json:
         print_json(found.as_dict())
         return

@@ -120,4 +120,4 @@ def _write_logarithms_plainly(figure: Any) -> None:
     for axis in [axis for panel in panels for axis in (panel.xaxis, panel.yaxis)]:
         if axis.get_scale() == "log":
             axis.set_major_formatter(Plain())
-            axis.set_minor_formatter(Plain(labelOnlyBase=False, minor_thresholds=(1.5, 0.4)))
+            axis.set_minor_formatter(Plain(labelOnlyBase=False, minor_thresholds=(1, 0.7)))

@@ -46,7 +46,7 @@ def heat_map(
         linewidth=0.4,
     )
     panel.invert_yaxis()
-    _name(panel.set_xticks, columns, rotation=90)
+    _name(panel.set_xticks, columns, rotation=90 if max(map(len, columns), default=0) > 3 else 0)
     _name(panel.set_yticks, rows)
     if write is not None:
         for (row, column), value in np.ndenumerate(matrix):

@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 
 from deltakit.dtypes import Array
 from deltakit.errors import ConfigError, TrainingError
-from deltakit.figures import drawn
+from deltakit.figures import drawn, metric_label
 
 Weights = tuple[float, ...]
 OPTIMIZER: Final = "COBYQA"
@@ -86,14 +86,16 @@ class WeightSearch:
         return {**lists, **told, "optimizer": OPTIMIZER}
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draw every value, and the lowest so far, as PNG. Needs matplotlib."""
+        """Draw every value, and the lowest so far, as PNG or SVG. Needs matplotlib."""
         numbers = [e.number for e in self.evaluations]
         values = [e.value if math.isfinite(e.value) else math.nan for e in self.evaluations]
         with drawn(Path(path), 6, 4) as [axes]:
-            axes.plot(numbers, values, "o")
-            axes.step(numbers, np.fmin.accumulate(values), where="post")
-            axes.set(xlabel="evaluation", ylabel=f"{self.objective}, penalised")
+            axes.plot(numbers, values, "o", label="measured")
+            lowest = np.fmin.accumulate(values)
+            axes.step(numbers, lowest, where="post", marker="", label="lowest so far")
+            axes.set(xlabel="evaluation", ylabel=f"{metric_label(self.objective)}, penalised")
             axes.set_title(f"chosen: {show(self.weights)}")
+            axes.legend()
 
 
 def search_weights(

@@ -17,17 +17,18 @@ def plot_comparison(found: Comparison, path: Path) -> None:
     conflicts as a share of the shared entries (grey where there are none of known sign). Needs
     matplotlib; raises ConfigError for another suffix."""
     labels = [f"{at}: {_short(delta.label)}" for at, delta in enumerate(found.deltas, 1)]
-    side = 3.2 + 0.45 * len(labels)
+    numbers = [str(at) for at in range(1, 1 + len(labels))]
+    height = max(3.0, 1.6 + 0.45 * len(labels))
     overlap = found.matrix(lambda pair: pair.jaccard, 1.0)
     conflicts = found.matrix(lambda pair: pair.conflict_share, 0.0)
     told = (
-        (overlap, "overlap of supports", "shared entries, share of all (Jaccard)"),
-        (conflicts, "sign conflicts", "conflicts, share of the shared entries"),
+        (overlap, "overlap of supports", "shared / all entries (Jaccard)"),
+        (conflicts, "sign conflicts", "conflicts / shared entries"),
     )
-    with drawn(path, 2 * side, side, 2) as panels:
+    with drawn(path, 2 * (height + 2.4), height, 2) as panels:
         for panel, (matrix, title, label) in zip(panels, told, strict=True):
             write = _number if len(labels) <= _NUMBERED else None
-            heat_map(panel, matrix, labels, labels, label, limits=(0.0, 1.0), write=write)
+            heat_map(panel, matrix, labels, numbers, label, limits=(0.0, 1.0), write=write)
             panel.set(title=title, xlabel="delta", ylabel="delta")
 
 

@@ -12,9 +12,9 @@ from deltakit.analyses import UnmaskingHistory, distances, total_distance, unmas
 from deltakit.delta import SparseDelta
 from deltakit.errors import DeltaError
 from deltakit.figures import can_draw, drawn
+from deltakit.views.plot import draw_unmasking
 
 _POINTS = 33  # steps told of a run's history: every 32nd part of the time until the last entry
-_LINES = 12  # kinds of tensor drawn one by one; the rest is drawn together
 
 
 def analyses(delta: SparseDelta, candidates: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -61,20 +61,12 @@ def plot_unmasking(found: Mapping[str, Any], path: Path) -> bool:
     if len(steps) < 2 or not can_draw():
         return False
     with drawn(path, 11, 4.5, 2) as [left, right]:
-        kinds = sorted(history["kinds"].items(), key=lambda item: -item[1][-1])
-        for kind, counts in kinds[:_LINES]:
-            left.plot(steps, counts, label=kind)
-        if kinds[_LINES:]:
-            rest = np.sum([counts for _, counts in kinds[_LINES:]], axis=0)
-            left.plot(steps, rest, "k:", label=f"{len(kinds) - _LINES} other kinds")
-        left.set_xlabel("step")
-        left.set_ylabel("entries")
-        left.legend(fontsize="xx-small", loc="upper left")  # "best" is slow on long curves
-        right.plot(steps, history["tensor_sparsity"], label="tensor sparsity")
-        right.plot(steps, history["sparsity_entropy"], label="sparsity entropy")
-        right.set_xlabel("step")
-        right.set_ylim(0, 1.02)
-        right.legend(fontsize="small", loc="lower right")
+        draw_unmasking(left, steps, history["kinds"])
+        right.plot(steps, history["tensor_sparsity"], label="tensor sparsity", markevery=0.12)
+        right.plot(steps, history["sparsity_entropy"], label="sparsity entropy", markevery=0.12)
+        right.set(xlabel="training step", ylabel="share, 0 to 1", ylim=(0, 1.02))
+        right.set_title("tensors without entries, evenness over tensors")
+        right.legend(fontsize="small")
     return True
 
 

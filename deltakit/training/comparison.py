@@ -12,8 +12,9 @@ from typing import Any
 
 from deltakit.budget import format_bytes
 from deltakit.errors import ConfigError, nearest
-from deltakit.figures import can_draw, drawn
+from deltakit.figures import can_draw, drawn, metric_label
 from deltakit.formats.atomic import write_bytes
+from deltakit.pages.methods_page import methods_page
 from deltakit.selection import METHODS
 from deltakit.selection.recipe import settings_of
 from deltakit.training.cells import Cell, run_cells
@@ -22,6 +23,7 @@ from deltakit.training.config_method import METHOD_SETTINGS
 from deltakit.training.peers import PEERS, RATES
 from deltakit.training.prepare import Say
 from deltakit.training.presets import PRESETS
+from deltakit.training.report_page import try_page
 from deltakit.training.settings import AUTO
 from deltakit.training.watch import finite
 
@@ -77,6 +79,7 @@ def compare_methods(
     write_bytes(folder / "compare.json", f"{text}\n".encode())
     write_bytes(folder / "compare.csv", _csv(found).encode())
     _plot(found, folder / "compare.png")
+    try_page(folder / "report.html", lambda: methods_page(found), say)
     return found
 
 
@@ -206,7 +209,7 @@ def _plot(found: Mapping[str, Any], path: Path) -> bool:
             values = [run["value"] for run in row["runs"] if "value" in run]
             axes.plot([place + 0.15] * len(values), values, "k.", markersize=3)
         axes.set_xticks(places, [row["method"] for row in rows], rotation=30, ha="right")
-        axes.set_ylabel(found["metric"])
+        axes.set_ylabel(metric_label(found["metric"]))
         axes.set_title(f"{found['task']}, {found['budget']} entries")
     return True
 

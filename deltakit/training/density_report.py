@@ -85,7 +85,7 @@ def plot_density(norms: Sequence[Row], moved: Sequence[Row], path: Path) -> bool
         label: [(row["density"], row[key]) for row in rows if row[key]]
         for label, key, rows in (
             ("Hessian norm", "norm", norms),
-            ("distance from the base", "distance", moved),
+            ("distance from the base (l2 norm)", "distance", moved),
         )
     }
     told = {label: points for label, points in curves.items() if len(points) > 1}
@@ -94,5 +94,6 @@ def plot_density(norms: Sequence[Row], moved: Sequence[Row], path: Path) -> bool
     with drawn(path, 4.5 * len(told), 4, len(told)) as panels:
         for axes, (label, points) in zip(panels, told.items(), strict=True):
             axes.plot(*zip(*points, strict=True), "o-")
-            axes.set(xscale="log", yscale="log", xlabel="density", ylabel=label)
+            axes.set(xscale="log", yscale="log", ylabel=label)
+            axes.set_xlabel("density (entries / weights of the base)")
     return True

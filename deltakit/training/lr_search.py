@@ -66,7 +66,7 @@ class LrSearch:
             axes.plot([t.rate for t in kept], [t.loss for t in kept], "o-")
             axes.axvline(self.rate, linestyle="--", color="gray")
             axes.set(xscale="log", xlabel="learning rate")
-            axes.set_ylabel(f"held-out loss, {self.steps} steps")
+            axes.set_ylabel(f"held-out loss (nats), {self.steps} steps")
             axes.set_title(f"chosen: {self.rate:.2e}")
         return True
 

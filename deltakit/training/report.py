@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deltakit.budget import format_bytes
-from deltakit.figures import can_draw, drawn
+from deltakit.figures import can_draw, drawn, metric_label
 from deltakit.formats.atomic import write_bytes
 from deltakit.training.watch import finite
 
@@ -70,8 +70,8 @@ def plot(record: Mapping[str, Any], path: Path) -> bool:
         return False
     with drawn(path, 6, 4) as [axes]:
         axes.plot(*zip(*points, strict=True), "o-")
-        axes.set_xlabel("entries")
-        axes.set_ylabel(metric)
+        axes.set_xlabel("budget (entries)")
+        axes.set_ylabel(metric_label(metric))
         axes.set_title(f"{record['method']}, {record['task']}")
     return True
 

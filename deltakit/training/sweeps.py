@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from deltakit.errors import ConfigError
-from deltakit.figures import can_draw, drawn
+from deltakit.figures import can_draw, drawn, metric_label
 from deltakit.formats.atomic import write_bytes
+from deltakit.pages.methods_page import sweep_page
 from deltakit.training.cells import Cell, run_cells
 from deltakit.training.config_file import resolve
 from deltakit.training.prepare import Say
+from deltakit.training.report_page import try_page
 from deltakit.training.watch import finite
 
 
@@ -58,6 +60,7 @@ def sweep_d3(
     write_bytes(folder / "sweep.json", f"{text}\n".encode())
     write_bytes(folder / "sweep.csv", _csv(points).encode())
     _plot(found, folder / "sweep.png")
+    try_page(folder / "report.html", lambda: sweep_page(found), say)
     return found
 
 
@@ -105,9 +108,9 @@ def _plot(found: Mapping[str, Any], path: Path) -> bool:
     with drawn(path, 6, 4) as [axes]:
         for eps in dict.fromkeys(point["eps"] for point in known):
             line = sorted((p["exp"], p["value"]) for p in known if p["eps"] == eps)
-            axes.plot(*zip(*line, strict=True), "o-", label=f"eps {eps:g}")
+            axes.plot(*zip(*line, strict=True), label=f"eps {eps:g}")
         axes.set_xlabel("exp")
-        axes.set_ylabel(found["metric"])
+        axes.set_ylabel(metric_label(found["metric"]))
         axes.set_title(f"{found['method']}, {found['task']}, {found['budget']} entries")
         axes.legend()
     return True

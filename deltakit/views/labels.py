@@ -14,9 +14,11 @@ def shortened(names: Sequence[str]) -> list[str]:
     names would become one or the last part alone is longer.
     """
     parts = [name.split(".") for name in names]
-    shared = 0
-    while parts and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+    shared, most = 0, min((len(p) - 1 for p in parts), default=0)
+    while len(parts) > 1 and shared < most and all(p[shared] == parts[0][shared] for p in parts):
         shared += 1
+    if shared and any(p[shared] == "*" or p[shared].isdecimal() for p in parts):
+        shared -= 1  # a number says nothing without the word before it
     told = [".".join(p[shared:]) for p in parts]
     short = [_end(name) for name in told]
     return short if len(set(short)) == len(set(told)) else told

@@ -126,7 +126,9 @@ def _maps(grid: LayerGrid) -> list[Draw]:
 
 def _title(found: Inspection) -> str:
     name = found.path.name if isinstance(found.path, Path) else str(found.path)
-    return f"{name}: {found.entries:,} entries in {len(found.tensors):,} tensors"
+    entries = f"{found.entries:,} {'entry' if found.entries == 1 else 'entries'}"
+    tensors = len(found.tensors)
+    return f"{name}: {entries} in {tensors:,} {'tensor' if tensors == 1 else 'tensors'}"
 
 
 def _count(axis: Any) -> None:
