@@ -10,11 +10,13 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deltakit.formats.atomic import write_bytes
-from deltakit.pages.run_page import write_run_page
+from deltakit.pages.run_page import run_page
+from deltakit.run_record import RunRecord
 from deltakit.training.build import Plan, Subject
 from deltakit.training.environment import environment
 from deltakit.training.folder import RunFolder
 from deltakit.training.prepare import Say
+from deltakit.training.report_page import try_page
 from deltakit.training.watch import finite, metrics_of
 
 _EVERY = 10.0  # seconds between two writings of the page, at least ...
@@ -63,11 +65,8 @@ class RunReport(TrainerCallback):
 
     def write(self) -> None:
         """Write the page from what lies in the run's folder."""
-        began = time.monotonic()
-        try:
-            write_run_page(self.folder.path, self.folder.report)
-        except Exception as error:  # noqa: BLE001 - no picture is worth the weights
-            self._say(f"{self.folder.report} was not written: {' '.join(str(error).split())}")
+        began, folder = time.monotonic(), self.folder
+        try_page(folder.report, lambda: run_page(RunRecord.read(folder.path)), self._say)
         ended = time.monotonic()
         self._due = ended + max(_EVERY, (ended - began) / _SHARE)
 

@@ -1,6 +1,6 @@
 // What RUN/report.html shows: how one run went, from its own records.
 
-const STEP = { label: "step", whole: true };
+const STEP = { label: "step", whole: true, min: 0 };
 const curve = (key) => (data.curves[key].x.length ? data.curves[key] : null);
 const some = (count, noun) => `${format.count(count)} ${noun}${count === 1 ? "" : "s"}`;
 
