@@ -72,8 +72,8 @@ def _described(pair: Pair) -> dict[str, Any]:
 
 
 def _short(labels: Sequence[str]) -> list[str]:
-    """Labels without the folders and the file name that all of them have in common."""
-    parts = [PurePath(label).parts for label in labels]
+    """Labels without the ending, and without the folders and the file name that all have in common."""
+    parts = [PurePath(label.removesuffix(".sdelta")).parts for label in labels]
     start, end = _alike(parts), _alike([each[::-1] for each in parts])
     return ["/".join(each[start : len(each) - end]) or each[-1] for each in parts]
 

@@ -2,7 +2,7 @@
 
 const names = data.deltas.map((delta, i) => `${i + 1}\u00a0·\u00a0${delta.short}`);
 const several = (count, noun) => `${format.count(count)} ${noun}${count === 1 ? "" : "s"}`;
-const signed = (x) => `${x > 0 ? "+" : ""}${format.number(x)}`.replace("-", "−");
+const signed = (x) => (Math.abs(x) < 5e-4 ? "0" : `${x > 0 ? "+" : "−"}${Math.abs(x).toFixed(3)}`);
 const title = (pair) => `${names[pair.first]} and ${names[pair.second]}`;
 
 /** Counts of two deltas on some tensors and the ratios that follow; null where there is none. */
