@@ -16,8 +16,8 @@ from deltakit.training.config_method import METHOD
 from deltakit.training.config_run import OPTIMIZATION
 from deltakit.training.settings import Setting, parse_setting
 
-_REQUIRED = "Required"
-_FIRST = {_REQUIRED: 0, METHOD: 1, OPTIMIZATION: 2}  # others stand as they are declared
+REQUIRED_SECTION = "Required"
+_FIRST = {REQUIRED_SECTION: 0, METHOD: 1, OPTIMIZATION: 2}  # others stand as they are declared
 
 
 class SettingType(click.types.FuncParamType):
@@ -98,7 +98,7 @@ def _reader(name: str, setting: Setting) -> Callable[[Any], Any]:
 
 
 def _section(name: str, setting: Setting) -> str:
-    return _REQUIRED if name in REQUIRED else setting.group
+    return REQUIRED_SECTION if name in REQUIRED else setting.group
 
 
 def _help(setting: Setting) -> str:

@@ -20,7 +20,7 @@ from click.shell_completion import (
 
 _BASH = r"""# Completion of %(prog_name)s for bash 4.4 and newer.
 %(complete_func)s() {
-    local IFS=$'\n' type value suffix filter="" word=${COMP_WORDS[COMP_CWORD]}
+    local IFS=$'\n' type value suffix word=${COMP_WORDS[COMP_CWORD]}
     case $word in =|:) word="" ;; esac
     COMPREPLY=()
     while IFS=, read -r type value; do
@@ -46,7 +46,7 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
 _ZSH = r"""#compdef %(prog_name)s
 # Completion of %(prog_name)s for zsh.
 %(complete_func)s() {
-    local -a response named described globs
+    local -a response named described
     local type value about
     response=("${(@f)$(COMP_WORDS="${(F)words[1,CURRENT]}" COMP_CWORD=$((CURRENT-1)) \
         %(complete_var)s=zsh_complete ${words[1]})}")
@@ -55,7 +55,7 @@ _ZSH = r"""#compdef %(prog_name)s
         case $type in
             plain) if [[ $about == _ ]]; then named+=("$value"); else described+=("$value:$about"); fi ;;
             dir) _files -/ ;;
-            file) if [[ $value == _ ]]; then _files; else _files -g "*(${(j:|:)${(s: :)value}})"; fi ;;
+            file) if [[ $value == _ ]]; then _files; else _files -g "$value"; fi ;;
         esac
     done
     (( $#described )) && _describe -V unsorted described
@@ -80,13 +80,10 @@ function %(complete_func)s
             case dir
                 __fish_complete_directories $token
             case file
-                if test -z "$told[2]"
-                    __fish_complete_path $token
-                else
-                    for suffix in (string split ' ' -- $told[2])
-                        __fish_complete_suffix --complete=$token $suffix
-                    end
-                end
+                # Folders, and files that end so; behind a tab stands what a file is.
+                set -l endings (string escape --style=regex -- (string split ' ' -- $told[2]))
+                __fish_complete_path $token | string match -r "^[^\t]*(?:/|"(string join '|' -- \
+                    $endings)")(?:\t.*)?\$"
         end
     end
 end
@@ -131,9 +128,12 @@ class Zsh(ZshComplete):
     source_template = _ZSH
 
     def format_completion(self, item: CompletionItem[str]) -> str:
-        """Three lines, none of them empty, as zsh drops those."""
-        value = item.value or "_"
-        return super().format_completion(_with_value(item, value))
+        """Three lines, none of them empty, as zsh drops those; suffixes as a pattern."""
+        if item.type != "plain":
+            suffixes = item.value.split()
+            both = f"*({'|'.join(suffixes)})" if len(suffixes) > 1 else f"*{item.value}"
+            item = _with_value(item, both if suffixes else "_")
+        return super().format_completion(item)
 
 
 class Fish(FishComplete):

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from deltakit.cli.command import Command
+from deltakit.cli.command import Command, Option
 from deltakit.cli.options import force_option, json_option, note, print_json, table
-from deltakit.cli.settings_options import given, setting_options
+from deltakit.cli.settings_options import REQUIRED_SECTION, given, setting_options
 from deltakit.cli.values import CONFIG, NUMBERS
 from deltakit.training.config import describe
 from deltakit.training.config_file import read_file
 
+_grid_option = partial(
+    click.option, cls=Option, section=REQUIRED_SECTION, type=NUMBERS, required=True
+)
+
 
 @click.command("sweep", cls=Command, short_help="Train over a grid of eps and exp.")
 @click.argument("config", type=CONFIG, required=False)
-@click.option("--eps", type=NUMBERS, required=True, help="Values of eps, with commas between.")
-@click.option("--exp", type=NUMBERS, required=True, help="Values of exp, with commas between.")
+@_grid_option("--eps", help="Values of eps, with commas between.")
+@_grid_option("--exp", help="Values of exp, with commas between.")
 @setting_options((n, s) for n, s in describe().items() if n not in ("eps", "exp"))
 @force_option
 @json_option

@@ -69,6 +69,7 @@ def stack(
     """
     named = {"density": density, "density_of": density_of, "trim_scope": trim_scope, "seed": seed}
     given = {name: value for name, value in named.items() if value is not None}
+    make_method(method, flavour, {**given, **options})  # tells mistakes before deltas are read
     return stack_inputs(
         read_inputs(deltas),
         method,
