@@ -53,13 +53,14 @@ def drawn(
     height: float,
     panels: int | Sequence[int] = 1,
     heights: Sequence[float] | None = None,
+    title: str | None = None,
 ) -> Iterator[list[Any]]:
     """Yield one axes per panel, with grids, and write the file once they are drawn.
 
     width, height: inches; PNG has 120 dots to each. panels: how many side by side, of each row
-    where there are several; the axes come row by row. heights: of the rows, relative. Series differ
-    by colour, dash and marker. Text in SVG is text. Equal drawings give equal bytes. Nothing is
-    written when drawing fails. Raises as `check_figure` does.
+    where there are several; the axes come row by row. heights: of the rows, relative. title: over
+    all of them. Series differ by colour, dash and marker. Text in SVG is text. Equal drawings give
+    equal bytes. Nothing is written when drawing fails. Raises as `check_figure` does.
     """
     check_figure(path)
     import matplotlib
@@ -70,6 +71,8 @@ def drawn(
         matplotlib.rcdefaults()  # the user's own settings would give other bytes
         matplotlib.rcParams.update(_style())
         figure = Figure(figsize=(width, height), layout="constrained")
+        if title is not None:
+            figure.suptitle(title)
         counts = [panels] if isinstance(panels, int) else list(panels)
         rows = figure.subfigures(len(counts), 1, squeeze=False, height_ratios=heights)[:, 0]
         placed = zip(rows, counts, strict=True)
@@ -84,7 +87,7 @@ def drawn(
             figure.savefig(temporary, format=kind, dpi=120, metadata=timeless)
 
 
-def _style() -> dict[str, Any]:
+def _style() -> Any:  # a dict, whose keys newer releases of matplotlib list one by one
     """Settings of matplotlib that differ from its defaults."""
     from cycler import cycler
 

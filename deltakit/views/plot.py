@@ -22,6 +22,10 @@ from deltakit.views.run_metrics import RunMetrics, run_metrics
 _LINES = 7  # kinds of tensor drawn one by one, each in a colour of its own; the rest together
 _TALLEST = 40.0  # inches of a heat-map, for any number of layers
 _CURVES = 4.0  # inches of the row below
+_SIGNS = (  # an area and a dashed line, so that neither hides the other
+    {"color": "#0072B2", "fill": True, "alpha": 0.45},
+    {"color": "#D55E00", "linestyle": "--", "linewidth": 1.6},
+)
 
 Draw = Callable[[Any], None]
 
@@ -43,8 +47,7 @@ def plot_delta(found: Inspection, view: DeltaView, path: Path) -> None:
     heights = [min(3.2 + 0.18 * rows, _TALLEST), *([_CURVES] if curves else [])]
     width = max(len(maps) * (3.2 + 0.28 * columns), 5.0 * len(curves), 6.0)
     panels = [len(maps), *([len(curves)] if curves else [])]
-    with drawn(path, width, sum(heights), panels, heights) as axes:
-        axes[0].get_figure(root=True).suptitle(_title(found))
+    with drawn(path, width, sum(heights), panels, heights, _title(found)) as axes:
         for panel, draw in zip(axes, [*maps, *curves], strict=True):
             draw(panel)
 
@@ -91,12 +94,6 @@ def draw_budgets(panel: Any, run: RunMetrics) -> None:
     panel.set_ylabel(metric_label(run.metric))
     _count(panel.xaxis)
     panel.legend(fontsize="small")
-
-
-_SIGNS = (
-    {"color": "#0072B2", "fill": True, "alpha": 0.45},
-    {"color": "#D55E00", "linestyle": "--", "linewidth": 1.6},
-)
 
 
 def _maps(grid: LayerGrid) -> list[Draw]:
