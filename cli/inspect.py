@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +13,9 @@ from deltakit.cli.options import Source, force_option, json_option, note, print_
 from deltakit.cli.values import DELTA, PATH
 from deltakit.figures import check_figure
 from deltakit.formats.atomic import refuse_existing
+
+if TYPE_CHECKING:
+    from deltakit.inspection import Inspection
 
 
 @click.command(cls=Command)
@@ -52,19 +57,29 @@ def command(
     from deltakit.inspection import inspect
 
     found = inspect(delta)
-    if plot is not None:
-        from deltakit.views.delta_view import DeltaView
-        from deltakit.views.plot import plot_delta
-
-        plot_delta(found, DeltaView.of(found), plot)
-        note(f"Wrote {plot}.")
-    if html is not None:
-        from deltakit.pages.delta_page import delta_page
-        from deltakit.pages.page import write_page
-
-        write_page(html, delta_page(found))
-        note(f"Wrote {html}, a page for any browser.")
+    for output in _drawn(found, plot, html):
+        note(f"Wrote {output}.")
     if as_json:
         print_json(found.as_dict())
     else:
         click.echo("\n\n".join(report(found, tensors)))
+
+
+def _drawn(found: Inspection, plot: Path | None, html: Path | None) -> Iterator[Path]:
+    """Write what is asked for, from one reading of the file."""
+    if plot is None and html is None:
+        return
+    from deltakit.views.delta_view import DeltaView
+
+    view = DeltaView.of(found)
+    if plot is not None:
+        from deltakit.views.plot import plot_delta
+
+        plot_delta(found, view, plot)
+        yield plot
+    if html is not None:
+        from deltakit.pages.delta_page import delta_page
+        from deltakit.pages.page import write_page
+
+        write_page(html, delta_page(found, view))
+        yield html

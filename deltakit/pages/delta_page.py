@@ -28,14 +28,13 @@ _TENSOR = (
 )
 
 
-def delta_page(found: Inspection) -> str:
-    """The document, below 1 MB for as many as a thousand tensors of any size.
+def delta_page(found: Inspection, view: DeltaView) -> str:
+    """The document that shows `found`, below 1 MB for as many as a thousand tensors of any size.
 
-    Reads every sparse tensor, unless only the header is on this machine. Raises ChecksumError and
-    FormatError for a file that is damaged.
+    view: of the same delta. Raises ChecksumError and FormatError for a file that is damaged.
     """
     title = found.path.name if isinstance(found.path, Path) else str(found.path)
-    return page(title, _data(found, DeltaView.of(found)), "tensor.js", "sources.js", "delta.js")
+    return page(title, _data(found, view), "tensor.js", "sources.js", "delta.js")
 
 
 def _data(found: Inspection, view: DeltaView) -> dict[str, Any]:

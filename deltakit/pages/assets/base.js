@@ -46,7 +46,7 @@ function section(title, ...children) {
 function cards(facts) {
   const card = ({ label, value, note }) =>
     el("div", {}, el("dt", {}, label),
-      el("dd", { class: String(value).length > 12 ? "long" : null }, value),
+      el("dd", { class: visible(value).length >= 12 ? "long" : null }, value),
       note ? el("dd", { class: "note" }, note) : null);
   return el("dl", { class: "cards" }, facts.map(card));
 }
@@ -90,7 +90,7 @@ function scrollable(node, label) {
   const box = el("div", { class: "scroll" }, node);
   const update = () => {
     const over = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight;
-    for (const [name, value] of Object.entries({ tabindex: 0, role: "region", "aria-label": visible(label) })) {
+    for (const [name, value] of Object.entries({ tabindex: 0, role: "group", "aria-label": visible(label) })) {
       if (over) box.setAttribute(name, value);
       else box.removeAttribute(name);
     }

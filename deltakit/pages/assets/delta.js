@@ -87,7 +87,7 @@ function tensorTable(show) {
   const row = (index) => {
     const one = tensorAt(index);
     return [el("button", { type: "button", class: "link", onclick: () => show(index) }, one.name), shape(one.shape), one.mode,
-      format.count(one.entries), format.percent(one.density), format.number(one.bits_per_index), meanChange(one.changes)];
+      format.count(one.entries), format.percent(one.density), format.number(one.bits_per_index), meanChange(one)];
   };
   const draw = (words) => {
     const found = data.tensors.name.map((_, i) => i).filter((i) => words.every((word) => data.tensors.name[i].toLowerCase().includes(word)));
@@ -101,7 +101,8 @@ function tensorTable(show) {
   return folded(`All ${plural(TENSORS, "tensor")}`, ...(TENSORS > 20 ? [filter] : []), count, holder);
 }
 
-function meanChange(changes) {
+function meanChange({ changes, entries }) {
+  if (!entries) return "";
   if (changes === null || !changes.known) return "unknown";
   return format.number(changes.mean);
 }

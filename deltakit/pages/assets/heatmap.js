@@ -105,6 +105,7 @@ function focusCell(grid, cell) {
 /** The colours from least to most, with both ends written. */
 function colourKey(shade, write, { label, log }) {
   if (!Number.isFinite(shade.least)) return el("p", { class: "key" }, "Nothing is known here.");
+  if (shade.least === shade.most) return el("p", { class: "key" }, `${label ?? ""} ${write(shade.least)} everywhere`);
   const strip = el("span", { class: "strip", "aria-hidden": "true" }, Array.from({ length: 24 }, (_, i) => {
     const piece = el("span", {});
     paint(piece, shade.lowest + ((1 - shade.lowest) * i) / 23);

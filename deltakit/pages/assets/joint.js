@@ -8,7 +8,7 @@ function joint({ cells, rows, columns }) {
   const shade = countShades(cells.flat());
   const draw = (width) => {
     const side = Math.max(48, Math.min(90, width * 0.16));
-    const left = 14 + TEXT_WIDTH * Math.max(...ticks(0, rows.size, 5, { whole: true }).map((n) => format.short(n).length));
+    const left = Math.max(34, 14 + TEXT_WIDTH * Math.max(...ticks(0, rows.size, 5, { whole: true }).map((n) => format.short(n).length)));
     const wide = Math.min(520, width - left - side - 10);
     const tall = Math.max(60, Math.min(wide, (wide * rows.size) / columns.size));
     const top = side + 24;
@@ -28,7 +28,7 @@ function joint({ cells, rows, columns }) {
       sideTicks(rows, toY, Math.floor(tall / 40)).map((n) => svg("text", { x: left - 7, y: toY(n) + 4, "text-anchor": "end" }, format.short(n))),
       svg("text", { class: "label", x: 0, y: top - 8 }, rows.label),
       svg("text", { class: "label", x: left + wide, y: top + tall + 36, "text-anchor": "end" }, columns.label),
-      svg("text", { x: left, y: 12 }, `up to ${format.count(Math.max(...columns.sums))} entries per column of cells, ${format.count(Math.max(...rows.sums))} per row`));
+      svg("text", { x: left, y: 12 }, `at most ${format.count(Math.max(...columns.sums))} in a column of cells, ${format.count(Math.max(...rows.sums))} in a row`));
     const stops = cells.flatMap((row, r) => row.map((count, c) => {
       const [x, y] = [at(c, columns, toX), at(r, rows, toY)];
       return { x: x + span(c, columns, toX) / 2, y: y + span(r, rows, toY) / 2,

@@ -10,7 +10,7 @@ function plural(count, noun) {
 }
 
 function shape(sides) {
-  return sides.length ? sides.map(format.count).join(" × ") : "scalar";
+  return sides.length ? sides.map(format.count).join("\u00a0×\u00a0") : "scalar";
 }
 
 function valueText(value) {
