@@ -10,6 +10,8 @@ import base64
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -35,6 +37,7 @@ _OPTIONS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--disable-breakpad",
     "--no-first-run",
     "--hide-scrollbars",
 ]
@@ -42,6 +45,12 @@ _OPTIONS = [
 _WHEN_PAINTED = """
 const done = arguments[arguments.length - 1];
 requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now())));
+"""
+_GUARD = """
+import os, shutil, signal, sys
+sys.stdin.read()
+os.killpg(int(sys.argv[1]), signal.SIGKILL)
+shutil.rmtree(sys.argv[2], ignore_errors=True)
 """
 _AXE = """
 const done = arguments[arguments.length - 1];
@@ -184,14 +193,28 @@ def started(paths: tuple[str, str], folder: Path) -> Iterator[Browser]:
         options.add_argument(option)
     # A home of its own, too: crash reports and caches do not follow the profile.
     home = {name: str(folder) for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "TMPDIR")}
-    running = Chrome(options, Service(driver, env={**os.environ, **home}))
-    try:
-        running.set_page_load_timeout(_TIMEOUT)
-        running.set_script_timeout(_SCRIPT_TIMEOUT)
-        yield Browser(running)
-    finally:
+    service = Service(driver, env={**os.environ, **home}, popen_kw={"start_new_session": True})
+    running = Chrome(options, service)
+    with _guarded(service.process.pid, folder):
         try:
-            running.quit()
-        except WebDriverException:
-            running.service.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+            running.set_page_load_timeout(_TIMEOUT)
+            running.set_script_timeout(_SCRIPT_TIMEOUT)
+            yield Browser(running)
+        finally:
+            try:
+                running.quit()
+            except WebDriverException:
+                service.stop()
+
+
+@contextmanager
+def _guarded(group: int, folder: Path) -> Iterator[None]:
+    """Remove the browser's files at the end; should this process be killed, another one does so,
+    and ends the browser. It waits for the end of a pipe that only this process holds open."""
+    command = [sys.executable, "-c", _GUARD, str(group), str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as guard:
+        try:
+            yield
+        finally:
+            guard.kill()
+            shutil.rmtree(folder, ignore_errors=True)
