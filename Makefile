@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= auto
 
-.PHONY: help demo test lint format install browser clean
+.PHONY: help demo test lint format install browser docs clean
 
 help:
 	@echo "make demo     the whole story on two small tasks, three to five minutes"
@@ -15,6 +15,7 @@ help:
 	@echo "make format   rewrite the code as ruff formats it"
 	@echo "make install  only set up .venv"
 	@echo "make browser  install Chromium, with which pages are tested (apt-get, as root)"
+	@echo "make docs     build the documentation site into site/, every link checked"
 	@echo "make clean    remove .venv and everything built"
 
 install: $(STAMP)
@@ -43,6 +44,13 @@ test: $(STAMP)
 browser:
 	.ci/browser
 
+# Strict: a broken link, a missing anchor or a page without its place stops it. The variable keeps a
+# notice of the theme's makers quiet.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	$(BIN)/python docs/check_site.py site
+	@echo "open site/index.html"
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,4 +61,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
