@@ -8,7 +8,7 @@ from typing import IO, Any
 import click
 
 from deltakit.cli.options import quiet_option
-from deltakit.cli.terminal import marked, styled
+from deltakit.cli.terminal import asked_colour, marked, styled
 from deltakit.errors import nearest
 
 OPTIONS = "Options"
@@ -65,7 +65,7 @@ class Misuse(click.UsageError):
         stream = sys.stderr if file is None else file
         if self.ctx is not None:
             click.echo(f"{self.ctx.get_usage()}\n{_try(self.ctx)}\n", file=stream)
-        click.echo(marked(f"Error: {self.format_message()}"), file=stream)
+        click.echo(marked(f"Error: {self.format_message()}"), file=stream, color=asked_colour())
 
 
 def misuse(error: click.UsageError) -> Misuse:

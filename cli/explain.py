@@ -14,7 +14,7 @@ from typing import IO, Any, NoReturn
 import click
 
 from deltakit.cli.options import printable
-from deltakit.cli.terminal import marked
+from deltakit.cli.terminal import asked_colour, marked
 from deltakit.errors import DeltakitError
 
 TERMINATED = 128 + signal.SIGTERM
@@ -36,7 +36,8 @@ class Failure(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print it, to stderr."""
-        click.echo(marked(f"Error: {self.message}"), file=sys.stderr if file is None else file)
+        stream = sys.stderr if file is None else file
+        click.echo(marked(f"Error: {self.message}"), file=stream, color=asked_colour())
 
 
 @contextmanager

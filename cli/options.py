@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
 
 import click
@@ -17,6 +18,7 @@ from deltakit.cli.terminal import marked
 from deltakit.cli.values import PATH, LocalPath
 
 F = TypeVar("F", bound=Callable[..., Any])
+_PATIENCE = 0.5  # seconds without a bar
 Source = Path | str  # a local path, or an hf:// location as text, as pathlib would break that
 
 
@@ -128,7 +130,10 @@ def _aligned(column: Sequence[str], right: bool) -> list[str]:
 
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr as a callback (done, total); None without a terminal or with -q."""
+    """A progress bar on stderr as a callback (done, total); None without a terminal or with -q.
+
+    What takes less than half a second after the first call shows none.
+    """
     if is_quiet() or not sys.stderr.isatty():
         yield None
         return
@@ -137,9 +142,13 @@ def progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
 
     bar = Progress(console=Console(stderr=True), transient=True)
     task = bar.add_task(label, total=None)
+    first: float | None = None  # what is on the Hub is downloaded before, under a bar of its own
 
     def advance(done: int, total: int) -> None:
-        bar.start()  # not before: what is on the Hub is downloaded first, under a bar of its own
+        nonlocal first
+        first = monotonic() if first is None else first
+        if monotonic() - first > _PATIENCE:
+            bar.start()
         bar.update(task, completed=done, total=total)
 
     try:

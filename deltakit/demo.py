@@ -15,6 +15,7 @@ from typing import Any
 
 from deltakit.budget import format_bytes
 from deltakit.errors import OutputExistsError, TrainingError
+from deltakit.formats.atomic_folder import replacing_folder
 
 Tell = Callable[[str], None]
 
@@ -33,8 +34,10 @@ SETTINGS: Mapping[str, Any] = {
 def write_files(out: Path) -> None:
     """Put the embedded checkpoint into `out`/base and the tasks' data into `out`/tasks."""
     source = Path(str(files("deltakit") / "demo_data"))
+    out.mkdir(parents=True, exist_ok=True)
     for name in ("base", "tasks"):
-        shutil.copytree(source / name, out / name, copy_function=shutil.copyfile)
+        with replacing_folder(out / name) as made:
+            shutil.copytree(source / name, made, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
 def demo(
