@@ -82,7 +82,7 @@ class RunRecord:
         return [found[step] for step in sorted(found)]
 
     def curve(self, key: str, points: int) -> Curve:
-        """A logged quantity over steps: steps, values; see `thinned`."""
+        """A logged quantity over steps, the last of each step: steps, values; see `thinned`."""
         told = [record for record in self.log if record.get(key) is not None]
         return thinned(
             [record["step"] for record in told], [record[key] for record in told], points

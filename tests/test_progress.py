@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pty
 import re
-import struct
 import sys
-import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +51,6 @@ def _trainer(bert: Path, colours: Path, folder: Path, **more: Any) -> SparseTrai
 def _terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> Iterator[list[str]]:
     """stderr is a terminal meanwhile; gives what it was sent, complete afterwards."""
     master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     seen: list[str] = []
 
     def read() -> None:
@@ -70,8 +66,7 @@ def _terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> Iterator[list[st
     reader = threading.Thread(target=read)
     reader.start()
     with monkeypatch.context() as patch, open(slave, "w") as stream:  # noqa: PTH123
-        for name in ("COLUMNS", "LINES", "FORCE_COLOR"):
-            patch.delenv(name, raising=False)
+        patch.setenv("COLUMNS", str(columns))  # rich asks the process's own streams otherwise
         patch.setenv("TERM", "xterm-256color")
         patch.setattr(sys, "stderr", stream)
         yield seen

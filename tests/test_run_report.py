@@ -53,10 +53,12 @@ def test_the_page_tells_what_the_files_tell(run: Path) -> None:
     told, results = page_data(run / "report.html"), metrics(run)
     losses = [record for record in read_log(run / "log.jsonl") if "loss" in record]
     assert told["finished"] and told["step"] == told["max_steps"] == 14
-    for key in ("loss", "learning_rate", "entries", "tokens_per_second", "peak_resident_bytes"):
+    for key in ("loss", "learning_rate", "tokens_per_second", "peak_resident_bytes"):
         assert told["curves"][key]["x"] == [record["step"] for record in losses]
         logged = [record[key] for record in losses]
         assert told["curves"][key]["y"] == pytest.approx(logged, rel=1e-5)
+    entries = dict(zip(*told["curves"]["entries"].values(), strict=True))
+    assert entries == {record["step"]: record["entries"] for record in read_log(run / "log.jsonl")}
     ends = [*results["marks"], results["final"]]
     assert [mark["metrics"] for mark in told["marks"]] == [end["metrics"] for end in ends]
     assert [mark["file"] for mark in told["marks"]][:2] == [
@@ -87,8 +89,7 @@ def test_made_again_it_is_the_same(run: Path, tmp_path: Path) -> None:
 
 def test_pages_of_long_runs_stay_small(stopped: Path) -> None:
     """Twenty thousand records of the loss and two thousand evaluations: below 1 MB."""
-    loss = read_log(stopped / "log.jsonl")[0]
-    assert "loss" in loss
+    loss = next(record for record in read_log(stopped / "log.jsonl") if "loss" in record)
     records = [{**loss, "step": step, "loss": 1 / step} for step in range(1, 20_001)]
     records += [
         {"eval_accuracy": 0.123456789, "eval_loss": 1.5, "entries": 300, "step": 10 * step}
