@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +9,13 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_factory import read_safetensors
+from patch_lab import Model, chain, same_bits, snapshot, train
 from safetensors.torch import save_file
 
 import deltakit as dk
 from deltakit.errors import BaseMismatchError, ConfigError, DeltaError
 from deltakit.identity import sample_positions
 from deltakit.patching.chain import Link, Position, link_of
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "rl_weight_patches.py"
-from patch_lab import Model, chain, same_bits, snapshot, train
 
 
 @pytest.mark.parametrize("keep_base", [False, True])
@@ -257,18 +252,3 @@ def test_files_are_patched_in_order_too(tmp_path: Path) -> None:
     assert read_safetensors(merged) == read_safetensors(tmp_path / "expected.safetensors")
     from_files = dk.diff(base, merged, step=0)
     assert from_files.equals(dk.diff(states[0], states[3], step=0))
-
-
-def test_the_example_runs(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), str(tmp_path / "patches")],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "bit for bit, at step 20" in done.stdout
-    assert "refused: the model is at step 20" in done.stdout
-    assert len(list((tmp_path / "patches").glob("*.sdelta"))) == 20
