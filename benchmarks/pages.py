@@ -2,7 +2,7 @@
 
     python benchmarks/pages.py OUT [--rounds 5] [--folder DIR]
 
-Deltas of 100,000 and 10 million entries on a model's tensors, one on 1,000 tensors, and ten to
+Deltas of 100,000 and 10 million entries on a model's tensors and on 1,000, and ten deltas to
 compare. Pages are written by the command line, each in a fresh process whose wall time and peak
 memory count. Headless Chromium opens each page several times: the median time from the navigation
 to the second frame after the script, when all is laid out and painted. OUT gets the pages and their
@@ -87,7 +87,7 @@ def compared(deltas: int, tensors: int, entries: int) -> Callable[[Path], list[s
 CASES = {
     "inspect-100k": inspected(168, 100_000),
     "inspect-10m": inspected(168, 10_000_000),
-    "inspect-1000-tensors": inspected(1000, 1_000_000),
+    "inspect-10m-1000-tensors": inspected(1000, 10_000_000),
     "compare-10x1000-tensors": compared(10, 1000, 100_000),
 }
 

@@ -102,7 +102,7 @@ def _many(count: int) -> SparseDelta:
 
 def test_a_view_stays_small(tmp_path: Path) -> None:
     """The more tensors, the coarser each; parts of the file are those of the tensors alone."""
-    for count, bins in ((2, 64), (500, 15)):
+    for count, bins in ((2, 64), (500, 10)):
         delta = _many(count)
         save(delta, tmp_path / f"{count}.sdelta")
         view = DeltaView.of(inspect(tmp_path / f"{count}.sdelta"))

@@ -24,8 +24,9 @@ _SUMMARY = (
 )
 _TENSOR = (
     *("name", "shape", "dtype", "trained_dtype", "value_dtype", "mode", "entries", "density"),
-    *("coding", "seed", "bytes", "bits_per_index", "entropy_bits_per_index", "changes"),
+    *("coding", "seed", "bytes", "bits_per_index", "entropy_bits_per_index"),
 )
+_CHANGES = ("known", "least", "most", "mean", "first_step", "last_step")
 
 
 def delta_page(found: Inspection, view: DeltaView) -> str:
@@ -57,8 +58,10 @@ def _tensors(told: list[dict[str, Any]], view: DeltaView) -> dict[str, list[Any]
     """Name of a fact -> that of each tensor: of thousands the names of facts are most of the text."""
     facts = {key: [_rounded(tensor[key]) for tensor in told] for key in _TENSOR}
     views = [view.tensors[name] for name in facts["name"] if name in view.tensors]
+    changes = [tensor["changes"] for tensor in told]
     return {
         **facts,
+        "changes": [each and _rounded({key: each[key] for key in _CHANGES}) for each in changes],
         "histogram": [each.histogram.as_dict() for each in views],
         "occupancy": [each.occupancy.as_dict() for each in views],
     }

@@ -17,8 +17,8 @@ from deltakit.views.unmasking import Joined, history_of, joined
 
 _BINS = 64  # of the whole delta's histogram, and of a tensor's sides, where tensors are few
 _TENSOR_BINS = 32  # of one tensor's histogram
-_CELLS = 120_000  # over the rasters of all tensors, so that a page with them stays below 1 MB
-_TENSORS_BINS = 12_000  # over the histograms of all tensors, for the same reason
+_CELLS = 60_000  # over the rasters of all tensors, so that a page with them stays below 1 MB
+_TENSORS_BINS = 8_000  # over the histograms of all tensors, for the same reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
