@@ -111,6 +111,7 @@ class Browser:
         """Lay the page out in a window of so many CSS pixels (narrower than a window may be)."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.execute_async_script(_WHEN_PAINTED)  # observers of sizes have been told
 
     def scheme(self, scheme: Literal["light", "dark"]) -> None:
         """What the page finds in `prefers-color-scheme`; motion is reduced, so that tests need not

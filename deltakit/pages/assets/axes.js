@@ -15,8 +15,8 @@ function niceStep(size) {
   return power * [1, 2, 5, 10].find((factor) => factor * power >= size * (1 - 1e-9));
 }
 
-/** About `count` round numbers within [from, to]. */
-function ticks(from, to, count, { log, whole } = {}) {
+/** About `count` round numbers within [from, to], `least` at the least where there are so many. */
+function ticks(from, to, count, { log, whole, least: needed = 1 } = {}) {
   if (log) {
     const powers = logTicks(from, to, count);
     if (powers.length > 1) return powers;
@@ -24,6 +24,7 @@ function ticks(from, to, count, { log, whole } = {}) {
   const least = niceStep((to - from || 1) / Math.max(count, 1));
   const step = whole ? Math.max(1, least) : least;
   const first = Math.ceil(from / step - 1e-9), last = Math.floor(to / step + 1e-9);
+  if (last - first + 1 < needed && step === least) return ticks(from, to, count + 1, { whole, least: needed });
   return Array.from({ length: Math.max(0, last - first + 1) }, (_, i) => Number(((first + i) * step).toPrecision(12)));
 }
 
@@ -54,7 +55,7 @@ function domain(values, { log, min, max } = {}) {
 /** A drawing with two axes. x, y: {label, log, whole, from, to}; top: pixels kept free above. */
 function frame(width, height, x, y, top = 0) {
   const upper = 30 + top, lower = height - 42;
-  const yTicks = ticks(y.from, y.to, Math.floor((lower - upper) / 38), y);
+  const yTicks = ticks(y.from, y.to, Math.floor((lower - upper) / 38), { ...y, least: 3 });
   const left = 14 + TEXT_WIDTH * Math.max(1, ...yTicks.map((value) => axisText(y, value).length));
   const right = width - 14;
   const toX = scale(x.from, x.to, left, right, x.log), toY = scale(y.from, y.to, lower, upper, y.log);

@@ -66,8 +66,8 @@ function figure({ title, about, node, table: numbers }) {
 
 /** What unfolds under a line of text, and is not part of the page before. */
 function folded(title, ...children) {
-  const box = el("details", {}, el("summary", {}, title));
-  box.addEventListener("toggle", () => box.append(...children), { once: true });
+  const summary = el("summary", {}, title), box = el("details", {}, summary);
+  summary.addEventListener("click", () => box.append(...children), { once: true }); // also by keys
   return box;
 }
 

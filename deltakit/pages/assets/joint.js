@@ -28,7 +28,7 @@ function joint({ cells, rows, columns }) {
       sideTicks(rows, toY, Math.floor(tall / 40)).map((n) => svg("text", { x: left - 7, y: toY(n) + 4, "text-anchor": "end" }, format.short(n))),
       svg("text", { class: "label", x: 0, y: top - 8 }, rows.label),
       svg("text", { class: "label", x: left + wide, y: top + tall + 36, "text-anchor": "end" }, columns.label),
-      svg("text", { x: left, y: 12 }, `at most ${format.count(Math.max(...columns.sums))} in a column of cells, ${format.count(Math.max(...rows.sums))} in a row`));
+      svg("text", { x: left, y: 12 }, `up to ${format.count(Math.max(...columns.sums))} per column, ${format.count(Math.max(...rows.sums))} per row`));
     const stops = cells.flatMap((row, r) => row.map((count, c) => {
       const [x, y] = [at(c, columns, toX), at(r, rows, toY)];
       return { x: x + span(c, columns, toX) / 2, y: y + span(r, rows, toY) / 2,
