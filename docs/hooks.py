@@ -62,7 +62,8 @@ def page_of(place: str) -> str:
     if place in OUTSIDE:
         return OUTSIDE[place]
     inside = place.removeprefix("docs/")
-    return inside if inside != place else source_page(place)
+    is_page = inside != place and not place.endswith(".py")
+    return inside if is_page else source_page(place)
 
 
 def linked_files(page: str, markdown: str) -> list[str]:

@@ -62,6 +62,13 @@ def test_links_lead_to_files_and_headings(path: Path) -> None:
     assert broken(path) == []
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_line_that_goes_on_looks_like_an_item(path: Path) -> None:
+    """A sentence broken before "8. " is one paragraph on GitHub, and a new item on the site."""
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    assert re.findall(r"^ +\d+\. .*$", text, re.MULTILINE) == []
+
+
 def test_broken_links_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(

@@ -6,7 +6,9 @@ python -m deltakit.combine.stacking_doc > docs/stacking.md
 from __future__ import annotations
 
 import inspect
+import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 
@@ -18,7 +20,7 @@ _INTRODUCTION = """\
 
 `deltakit stack A B --method NAME` and `dk.stack([a, b], "name")` make one delta of several; `deltakit
 merge BASE A B --method NAME` stacks and merges at once, and `--tune-weights` looks for the weights on
-validation data ([cli.md](cli.md#deltakit-stack)). Each method is computed on the union of the entries
+validation data ([command line](cli.md#deltakit-stack)). Each method is computed on the union of the entries
 alone, which gives exactly what its dense formula gives.
 
 In the formulae tau_t is the change that delta t makes (its entries, and 0 elsewhere), w_t its weight
@@ -42,7 +44,17 @@ def stacking_markdown() -> str:
 
 
 def _documented(kind: type[Method]) -> list[str]:
-    return ["```text", inspect.cleandoc(kind.__doc__ or ""), "```"]
+    """The docstring as Markdown, its formula as a block of its own."""
+    lines: list[str] = []
+    for paragraph in inspect.cleandoc(kind.__doc__ or "").split("\n\n"):
+        if paragraph.startswith("tau = "):
+            shown = textwrap.fill(paragraph, 80, subsequent_indent="    ")
+            lines += ["", "```text", shown, "```"]
+        else:
+            parts = paragraph.replace("\n", " ").split("`")  # every second one is code
+            parts[::2] = [re.sub(r"([*_<\[])", r"\\\1", part) for part in parts[::2]]
+            lines += ["", "`".join(parts)]
+    return lines[1:]
 
 
 def _options(kind: type[Method]) -> list[str]:
