@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from platform import python_version
 from typing import Any, NamedTuple
 
 import click
@@ -150,13 +148,17 @@ def _logged_as_notes() -> Iterator[None]:
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if not value or ctx.resilient_parsing:
         return
+    from platform import python_version
+
     click.echo(f"deltakit {__version__}")
     click.echo(", ".join([f"Python {python_version()}", *map(_release, _LIBRARIES)]))
     ctx.exit()
 
 
 def _release(library: str) -> str:
-    """`torch 2.9.1`, from what is installed; nothing is imported."""
+    """`torch 2.9.1`, from what is installed; it is not imported."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return f"{library} {version(library)}"
     except PackageNotFoundError:
@@ -182,7 +184,7 @@ def main(ctx: click.Context) -> None:
     """Sparse fine-tuning deltas: train, inspect, truncate and merge, bit for bit.
 
     Results go to stdout, notes and progress to stderr. Exit codes: 0 done, 1 an error told in one
-    line, 2 wrong usage, 130 interrupted.
+    line, 2 wrong usage, 130 interrupted, 143 terminated. deltakit help COMMAND tells more.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

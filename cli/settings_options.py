@@ -9,7 +9,7 @@ import click
 
 from deltakit.cli.command import Option
 from deltakit.cli.options import F
-from deltakit.cli.values import Items, completed, paths
+from deltakit.cli.values import FunctionType, Items, completed, paths
 from deltakit.errors import DeltakitError
 from deltakit.training.config import REQUIRED
 from deltakit.training.config_method import METHOD
@@ -20,7 +20,7 @@ REQUIRED_SECTION = "Required"
 _FIRST = {REQUIRED_SECTION: 0, METHOD: 1, OPTIMIZATION: 2}  # others stand as they are declared
 
 
-class SettingType(click.types.FuncParamType):
+class SettingType(FunctionType):
     """Reads a setting as its file is read, and completes it."""
 
     def __init__(self, name: str, setting: Setting) -> None:

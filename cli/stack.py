@@ -92,7 +92,8 @@ def command(
       deltakit stack a.sdelta b.sdelta --method ties --density 0.2
       deltakit stack a.sdelta b.sdelta --weights 1,-0.5 -o less.sdelta
       deltakit stack a.sdelta b.sdelta --method della --set epsilon=0.1 --flavour mergekit
-      deltakit stack a.sdelta b.sdelta --tune-weights --model BASE --data FILE --task TASK
+      deltakit stack a.sdelta b.sdelta --tune-weights --model base/ --data validation.jsonl \\
+          --task causal-lm
     """
     from deltakit.formats.sdelta import save
     from deltakit.stacking import stack

@@ -12,7 +12,11 @@ from typing import Any, TextIO
 import click
 
 _SUGGESTION = re.compile(r"(?<=; nearest: )[^;]+")
-_WORDS = {"Error": {"fg": "red", "bold": True}, "Warning": {"fg": "yellow"}, "Note": {"fg": "cyan"}}
+_WORDS: dict[str, dict[str, Any]] = {
+    "Error": {"fg": "red", "bold": True},
+    "Warning": {"fg": "yellow"},
+    "Note": {"fg": "cyan"},
+}
 
 
 def asked_colour(environment: Mapping[str, str] | None = None) -> bool | None:

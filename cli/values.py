@@ -15,9 +15,11 @@ from deltakit.hub.location import Location, is_location
 
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]  # generic in newer releases of click only
+    ChoiceType = click.Choice[str]
+    FunctionType = click.types.FuncParamType[Any, Any]
     Items = list[CompletionItem[str]]
 else:
-    ParamType = click.ParamType
+    ParamType, ChoiceType, FunctionType = click.ParamType, click.Choice, click.types.FuncParamType
     Items = list
 
 Known = Callable[[], Iterable[str]]  # names that may be given, asked for only when needed
@@ -60,7 +62,7 @@ class Listed(ParamType):
         return [CompletionItem(f"{before}{comma}{item.value}", item.type) for item in found]
 
 
-class Choice(click.Choice):  # type: ignore[type-arg]  # generic in newer releases of click only
+class Choice(ChoiceType):
     """One of a few names; a misspelt one is answered with the nearest."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from deltakit.diffing.grown_rows import appended_to
 from deltakit.dtypes import DTYPES, Array, DType, dtype_of
-from deltakit.errors import ConfigError, DeltaError
+from deltakit.errors import ConfigError, DeltaError, nearest
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_file import GATHER_MAPPED, TensorInfo
 from deltakit.identity import NO_BASE
@@ -208,7 +208,9 @@ def _requantizer(
 def _check_dtype(name: str | None) -> None:
     known = [kind.name for kind in DTYPES.values() if kind.is_floating]
     if name is not None and name != "trained" and name not in known:
-        raise ConfigError(f"dtype {name!r} is not one of: trained, {', '.join(known)}")
+        raise ConfigError(
+            f"dtype {name!r} is not one of: trained, {', '.join(known)}{nearest(name, ['trained', *known])}"
+        )
 
 
 def _trained(touched: Mapping[str, Sequence[Contribution]]) -> tuple[str | None, list[str]]:

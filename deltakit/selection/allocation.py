@@ -11,7 +11,7 @@ import torch
 
 from deltakit.budget import ALLOCATIONS
 from deltakit.dtypes import Array
-from deltakit.errors import BudgetError, ConfigError
+from deltakit.errors import BudgetError, ConfigError, nearest
 from deltakit.targets.patterns import matching
 
 Allocation = str | Mapping[str, float]
@@ -142,7 +142,7 @@ def _parse_shares(text: str) -> dict[str, float]:
         if not equals or pattern in shares:
             raise ConfigError(
                 f"allocation {text!r}: expected one of {', '.join(ALLOCATIONS)} or shares of "
-                'different patterns such as "attention=0.5,mlp=0.5"'
+                f'different patterns such as "attention=0.5,mlp=0.5"{nearest(text, [*ALLOCATIONS])}'
             )
         shares[pattern] = number
     return shares
