@@ -38,7 +38,7 @@ def command(
     """Train over a grid of eps and exp.
 
     Every pair is a run of its own below RUN, with the other settings from CONFIG and flags; finished
-    runs are not done again. RUN gets sweep.json, sweep.csv and sweep.png.
+    runs are not done again. RUN gets sweep.json, sweep.csv, sweep.png and report.html.
 
     \b
     Examples:
