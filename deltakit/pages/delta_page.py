@@ -35,7 +35,7 @@ def delta_page(found: Inspection, view: DeltaView) -> str:
     view: of the same delta. Raises ChecksumError and FormatError for a file that is damaged.
     """
     title = found.path.name if isinstance(found.path, Path) else str(found.path)
-    return page(title, _data(found, view), "tensor.js", "sources.js", "delta.js")
+    return page(title, _data(found, view), "tensor.js", "layers.js", "sources.js", "delta.js")
 
 
 def _data(found: Inspection, view: DeltaView) -> dict[str, Any]:

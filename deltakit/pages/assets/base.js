@@ -38,35 +38,51 @@ function add(...nodes) {
 /** A part of the page under a heading. */
 function section(title, ...children) {
   const id = title.toLowerCase().replace(/[^a-z0-9]+/g, "-");
-  return el("section", { id, "aria-labelledby": `${id}-title` },
-    el("h2", { id: `${id}-title` }, title), ...children);
+  return el(
+    "section",
+    { id, "aria-labelledby": `${id}-title` },
+    el("h2", { id: `${id}-title` }, title),
+    ...children,
+  );
 }
 
 /** Figures to read first. */
 function cards(facts) {
   const card = ({ label, value, note }) =>
-    el("div", {}, el("dt", {}, label),
+    el(
+      "div",
+      {},
+      el("dt", {}, label),
       el("dd", { class: visible(value).length >= 12 ? "long" : null }, value),
-      note ? el("dd", { class: "note" }, note) : null);
+      note ? el("dd", { class: "note" }, note) : null,
+    );
   return el("dl", { class: "cards" }, facts.map(card));
 }
 
 /** Parts of a section side by side, as far as there is room. */
 function beside(...parts) {
-  return el("div", { class: "beside" }, parts.map((part) => el("div", {}, part)));
+  return el(
+    "div",
+    { class: "beside" },
+    parts.map((part) => el("div", {}, part)),
+  );
 }
 
 /** A chart under its title. about: one sentence that tells what it shows. table: its numbers. */
 function figure({ title, about, node, table: numbers }) {
-  return el("figure", {},
+  return el(
+    "figure",
+    {},
     el("figcaption", {}, el("h3", {}, title), about ? el("p", {}, about) : null),
     node,
-    numbers ? folded("As a table", numbers) : null);
+    numbers ? folded("As a table", numbers) : null,
+  );
 }
 
 /** What unfolds under a line of text, and is not part of the page before. */
 function folded(title, ...children) {
-  const summary = el("summary", {}, title), box = el("details", {}, summary);
+  const summary = el("summary", {}, title),
+    box = el("details", {}, summary);
   summary.addEventListener("click", () => box.append(...children), { once: true }); // also by keys
   return box;
 }
@@ -75,14 +91,26 @@ function folded(title, ...children) {
 function table(heads, rows, { right = [], label = heads.join(", ") } = {}) {
   const side = (column) => (right.includes(column) ? "right" : null);
   const head = heads.map((text, i) => el("th", { scope: "col", class: side(i) }, text));
-  const body = rows.map((row) => el("tr", {}, row.map((cell, i) => el("td", { class: side(i) }, cell))));
-  return scrollable(el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, body)), label);
+  const body = rows.map((row) =>
+    el(
+      "tr",
+      {},
+      row.map((cell, i) => el("td", { class: side(i) }, cell)),
+    ),
+  );
+  return scrollable(
+    el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, body)),
+    label,
+  );
 }
 
 /** Names and what is known of them, in as many columns as there is room for. */
 function facts(pairs) {
-  return el("dl", { class: "facts" }, pairs.map(([name, value]) =>
-    el("div", {}, el("dt", {}, name), el("dd", {}, value))));
+  return el(
+    "dl",
+    { class: "facts" },
+    pairs.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))),
+  );
 }
 
 /** A box that scrolls by itself; it can be focused while it has something to scroll. */
@@ -90,7 +118,11 @@ function scrollable(node, label) {
   const box = el("div", { class: "scroll" }, node);
   const update = () => {
     const over = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight;
-    for (const [name, value] of Object.entries({ tabindex: 0, role: "group", "aria-label": visible(label) })) {
+    for (const [name, value] of Object.entries({
+      tabindex: 0,
+      role: "group",
+      "aria-label": visible(label),
+    })) {
       if (over) box.setAttribute(name, value);
       else box.removeAttribute(name);
     }
@@ -103,8 +135,13 @@ function scrollable(node, label) {
 /** One of a few choices; `choose` is called with each one that is picked. */
 function choice(label, options, choose) {
   const name = `choice-${document.querySelectorAll("fieldset").length}-${label}`;
-  const radio = (option, i) => el("label", {},
-    el("input", { type: "radio", name, checked: i === 0, onchange: () => choose(option) }), option);
+  const radio = (option, i) =>
+    el(
+      "label",
+      {},
+      el("input", { type: "radio", name, checked: i === 0, onchange: () => choose(option) }),
+      option,
+    );
   return el("fieldset", { class: "choice" }, el("legend", {}, label), options.map(radio));
 }
 

@@ -23,7 +23,12 @@ function threeDigits(x) {
 /** A number in as few characters as it takes, for axes: 25k, 1.5M, 0.02, 10⁻⁵. */
 function short(x) {
   const size = Math.abs(x);
-  for (const [factor, unit] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
+  for (const [factor, unit] of [
+    [1e12, "T"],
+    [1e9, "B"],
+    [1e6, "M"],
+    [1e3, "k"],
+  ]) {
     if (size >= factor) return `${Number((x / factor).toPrecision(3))}${unit}`;
   }
   if (size === 0 || size >= 1e-3) return String(Number(x.toPrecision(4)));
@@ -34,7 +39,11 @@ function short(x) {
 
 /** A size in bytes: 412 kB. */
 function bytes(size) {
-  for (const [factor, unit] of [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"]]) {
+  for (const [factor, unit] of [
+    [1e9, "GB"],
+    [1e6, "MB"],
+    [1e3, "kB"],
+  ]) {
     const value = size / factor;
     if (value >= 1) return `${value < 10 ? value.toFixed(2) : value.toFixed(0)} ${unit}`;
   }
