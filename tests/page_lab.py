@@ -1,6 +1,6 @@
 """Documentation pages as tests run them: commands and Python in order, against what is shown.
 
-    ```bash    commands of deltakit, one a line
+    ```bash    commands of deltakit, one a line; a backslash at its end joins the next
     ```python  one script; the page's scripts share their names
     ```yaml    the file that its first line names: `# settings.yaml`
     ```text    what the last of these printed: whole lines, `...` for lines left out
@@ -76,7 +76,7 @@ def commands(lines: str, after: Block | None = None) -> str:
 
     after: the block that follows, which may show that the last one is refused.
     """
-    printed, todo = "", lines.splitlines()
+    printed, todo = "", lines.replace("\\\n", " ").splitlines()
     refused = after is not None and after.kind == "text" and "\nError: " in f"\n{after.text}"
     for number, line in enumerate(todo, 1):
         program, *arguments = shlex.split(line)
