@@ -25,8 +25,8 @@ import deltakit as dk
 DEMO = Path(dk.__file__).parent / "demo_data"  # the embedded model and its data
 
 
-def rows_of(data: str) -> list[dict[str, str]]:
-    lines = (Path(data) / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+def rows_of(data: str, split: str) -> list[dict[str, str]]:
+    lines = (Path(data) / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -49,8 +49,7 @@ def train(args: argparse.Namespace, data: str, classes: int) -> Path:
 
 
 def main(args: argparse.Namespace) -> None:
-    labels = [sorted({row["label"] for row in rows_of(data)}) for data in args.data]
-    classes = max(map(len, labels))
+    classes = max(len({row["label"] for row in rows_of(data, "train")}) for data in args.data)
     deltas = args.deltas or [train(args, data, classes) for data in args.data]
     tasks = [Path(data).name for data in args.data]
 
@@ -59,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     before = {name: tensor.clone() for name, tensor in model.eval().state_dict().items()}
     bank = dk.DeltaBank(model, dict(zip(tasks, deltas, strict=True)))
 
-    texts = [row["text"] for row in rows_of(args.data[0])[: args.rows]]
+    texts = [row["text"] for row in rows_of(args.data[0], "validation")[: args.rows]]
     wanted = [task for task, _ in zip(cycle(tasks), texts, strict=False)]
     inputs = tokenizer(texts, padding=True, truncation=True, max_length=48, return_tensors="pt")
     with bank.batched(wanted):  # row i belongs to wanted[i]; None would be the base
@@ -87,10 +86,9 @@ def main(args: argparse.Namespace) -> None:
         assert torch.equal(model(**inputs).logits, merged(**inputs).logits)
     bank.deactivate()
     print(f"{tasks[0]} by bank.activate: the merged model's logits, to the bit")
-    for number in range(2 * len(tasks)):
-        task = wanted[number]
-        answer = labels[tasks.index(task)][int(mixed[number, :classes].argmax())]
-        print(f"{task:8} {answer:12} {texts[number][:60]}")
+    names = {t: dk.load(d).config["id2label"] for t, d in zip(tasks, deltas, strict=True)}
+    for task, row, text in zip(wanted[:4], mixed, texts, strict=False):
+        print(f"{task:8} {names[task][str(int(row.argmax()))]:12} {text[:60]}")
 
 
 if __name__ == "__main__":

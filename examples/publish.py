@@ -5,9 +5,9 @@
 
 Publishes the deltas of a run with settings, metrics and a card written from the files, by one
 commit; a second push without changes makes none. Then it looks at the delta by range requests,
-pulls one budget of the family, and compares every byte. Without --run a short run on the embedded
-model is made first. The repository is private unless --public is given; an HF_ENDPOINT of your own
-takes the place of huggingface.co.
+pulls one budget of the family, and compares every byte. Without --run a short one is made first, by
+default on the embedded model. The repository is private unless --public is given. An HF_ENDPOINT of
+your own takes the place of huggingface.co.
 
 Expected: the files with their sizes, the first lines of the card, and "equal, byte for byte".
 """
@@ -23,26 +23,26 @@ import deltakit as dk
 DEMO = Path(dk.__file__).parent / "demo_data"  # the embedded model and its data
 
 
-def short_run(folder: Path, max_steps: int) -> Path:
+def short_run(args: argparse.Namespace) -> Path:
     """Two budgets of one family: 5,000 and 20,000 entries."""
     dk.train(
-        model=DEMO / "base",
-        data=DEMO / "tasks" / "family",
+        model=args.model,
+        data=args.data,
         task="sequence-classification",
         budget="20k",
         checkpoint_budgets=["5k"],
         eval_strategy="budget",
-        max_steps=max_steps,
+        max_steps=args.max_steps,
         batch_size=32,
         max_length=48,
-        output_dir=folder,
+        output_dir=args.output,
         force=True,
     )
-    return folder
+    return args.output
 
 
 def main(args: argparse.Namespace) -> None:
-    run = args.run or short_run(args.output, args.max_steps)
+    run = args.run or short_run(args)
     plan = dk.push(run, args.repo, private=not args.public, dry_run=True)
     for file in plan.files:
         print(f"{file.name:24} {file.bytes:>9,} bytes, {file.status}")
@@ -69,6 +69,8 @@ if __name__ == "__main__":
     parser.add_argument("repo", help="owner/name")
     parser.add_argument("--run", type=Path, help="folder of a finished run")
     parser.add_argument("--public", action="store_true")
+    parser.add_argument("--model", default=DEMO / "base", help="of a short run")
+    parser.add_argument("--data", default=DEMO / "tasks" / "family", help="of a short run")
     parser.add_argument("--output", type=Path, default=Path("runs/publish"), help="of a short run")
     parser.add_argument("--max-steps", type=int, default=64, help="of a short run")
     main(parser.parse_args())

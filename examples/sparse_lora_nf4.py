@@ -8,8 +8,9 @@ move: the others keep their initial values, which a seed gives back. Both deltas
 full-precision base, and `dk.merge` folds them into it. MODEL and DATA: see classify.py. Needs
 `pip install "deltakit-sparse[train,8bit,peers]"`.
 
-Expected: for both the accuracy beside NF4 and that of the merged full-precision model, within a few
-points of each other (training has seen the error of quantising, the merged model has not).
+Expected, in accuracy: the sparse delta 73 % beside NF4 and 68 % merged, the LoRA 66 and 54 %. What
+is lost on merging is the error of quantising, which training has seen and the merged model has not;
+large models lose less. `dk.evaluate(..., quantize="nf4")` measures a delta where it was trained.
 """
 
 import argparse

@@ -171,7 +171,9 @@ def test_rl_weight_patches(tmp_path: Path, bert: Path, colour_task: Path) -> Non
     assert len(list((tmp_path / "runs" / "rl").glob("patch-*.sdelta"))) == 3
 
 
-def test_publish(tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_publish(
+    tmp_path: Path, tasks: list[Path], hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log_in(hub, monkeypatch)
     environment = {
         "HF_ENDPOINT": hub.url,
@@ -180,7 +182,8 @@ def test_publish(tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    told = run("publish", tmp_path, "org/news", "--max-steps", 20, **environment)
+    flags = ("--data", tasks[0], "--max-steps", 12)
+    told = run("publish", tmp_path, "org/news", *flags, **environment)
     assert "pulled budget-5000.sdelta of 5,000 entries: equal, byte for byte" in told
     assert "20,000 entries in" in told
     repo = hub.repos["model", "org/news"]
