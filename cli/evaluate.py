@@ -16,6 +16,7 @@ from deltakit.cli.options import (
     mismatch_option,
     note,
     print_json,
+    progress,
     table,
 )
 from deltakit.cli.settings_options import given
@@ -64,14 +65,16 @@ def command(
         refuse_existing(predictions, force)
     from deltakit.training.evaluate import EvaluateConfig, evaluate
 
-    result = evaluate(
-        EvaluateConfig(**given(settings)),
-        deltas,
-        split=split,
-        predictions=predictions,
-        allow_base_mismatch=allow_base_mismatch,
-        say=note,
-    )
+    with progress("Evaluating") as advance:
+        result = evaluate(
+            EvaluateConfig(**given(settings)),
+            deltas,
+            split=split,
+            predictions=predictions,
+            allow_base_mismatch=allow_base_mismatch,
+            say=note,
+            progress=advance,
+        )
     if as_json:
         print_json(result)
         return

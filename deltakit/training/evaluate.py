@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -168,8 +168,10 @@ class Evaluator:
         )
         return model.to("cuda") if torch.cuda.is_available() else model
 
-    def predict(self, *, digests: bool = False) -> Predictions:
-        """What the model, as it stands, says about the examples; digests: see `predict`."""
+    def predict(
+        self, *, digests: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> Predictions:
+        """What the model, as it stands, says about the examples; digests, progress: see `predict`."""
         return predict(
             self.model,
             self.problem,
@@ -178,6 +180,7 @@ class Evaluator:
             batch_size=self.config.eval_batch_size,
             mixed_precision=self._mixed,
             digests=digests,
+            progress=progress,
         )
 
     def metrics(self, found: Predictions) -> dict[str, float]:
@@ -200,6 +203,7 @@ def evaluate(
     predictions: Path | None = None,
     allow_base_mismatch: bool = False,
     say: Say = lambda text: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Load a base, apply deltas in order, and evaluate it; the result as for `--json`.
 
@@ -207,14 +211,15 @@ def evaluate(
     has one, else all of its only split; a validation split that the data lacks is held out as in
     training. predictions: a JSONL file to write, one line per example with prediction, label and
     the sha256 of its logits; with it, the result carries one sha256 over all logits. Data and
-    deltas are checked before the model is loaded. Raises the typed errors of `deltakit.errors`.
+    deltas are checked before the model is loaded. progress: called with (examples done, examples in
+    all). Raises the typed errors of `deltakit.errors`.
     """
     inputs = read_inputs(deltas) if not isinstance(deltas, Sequence) or deltas else []
     loaded = [each.delta for each in inputs]
     ready = Evaluator.of(config, loaded, split, say)
     if loaded:
         apply(ready.model, loaded, base=ready.base, allow_base_mismatch=allow_base_mismatch)
-    found = ready.predict(digests=predictions is not None)
+    found = ready.predict(digests=predictions is not None, progress=progress)
     if predictions is not None:
         _write_predictions(ready.problem, found, predictions)
     return {

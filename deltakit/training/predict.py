@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
@@ -46,11 +46,13 @@ def predict(
     batch_size: int,
     mixed_precision: bool = False,
     digests: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
     """Run a model over examples in order, in batches of `batch_size`, as training evaluates it.
 
     The batches decide the padding and so the last bits of the logits: compare models at equal
-    batch sizes. mixed_precision: bfloat16 autocast.
+    batch sizes. mixed_precision: bfloat16 autocast. progress: called with (examples done, examples
+    in all).
     """
     model.eval()
     device = next(model.parameters()).device
@@ -65,6 +67,8 @@ def predict(
         labels += [e["labels"] for e in part if not isinstance(e["labels"], list)]
         if digests:
             found += [_digest(logits[row], e["labels"]) for row, e in enumerate(part)]
+        if progress is not None:
+            progress(start + len(part), len(examples))
     return Predictions(_joined(reduced), np.asarray(labels), found)
 
 
