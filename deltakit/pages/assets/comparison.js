@@ -196,9 +196,10 @@ function dots(rows) {
 function onePair() {
   const redraw = (key) => (value) => { chosen[key] = value; show(chosen.pair); };
   add(section("Pair",
-    el("p", {}, el("label", { for: "pair-choice" }, "Deltas "), select),
-    choice("Parts", data.parts.map((part) => part.by), redraw("by")),
-    choice("Order", Object.keys(ORDERS), redraw("order")), detail));
+    el("div", { class: "stack" },
+      el("p", {}, el("label", { for: "pair-choice" }, "Deltas "), select),
+      choice("Parts", data.parts.map((part) => part.by), redraw("by")),
+      choice("Order", Object.keys(ORDERS), redraw("order"))), detail));
 }
 
 /** What compare says of pairs; many of them tend to say the same. */
