@@ -129,6 +129,13 @@ def test_the_command_writes_the_page_and_prints_the_report_as_before(tmp_path: P
     assert json.loads(forced.stdout) == json.loads(json.dumps(found.as_dict()))
 
 
+def test_the_delta_itself_is_never_replaced(tmp_path: Path) -> None:
+    path = str(inspected(SORTS["layers"], tmp_path).path)
+    done = CliRunner().invoke(main, ["inspect", path, "--html", path, "--force"])
+    assert done.exit_code == 1 and "is the delta to be inspected" in done.stderr
+    assert inspect(path).entries == SORTS["layers"].nnz
+
+
 @pytest.mark.parametrize("sort", [*SORTS, "header"])
 def test_every_sort_is_drawn_for_everyone(sort: str, browser: Browser, tmp_path: Path) -> None:
     """Light, dark and narrow, with a tensor open: no rule of axe is broken, nothing is loaded."""

@@ -110,6 +110,7 @@ function heatmap({
     if (!pick || (values[r][c] === null && !holds(r, c))) return;
     grid.querySelector("[aria-selected=true]")?.setAttribute("aria-selected", "false");
     cells[r][c].setAttribute("aria-selected", "true");
+    focusCell(grid, cells[r][c]);
     pick(r, c);
   };
   for (const name of ["pointerover", "focusin"]) {
