@@ -14,6 +14,7 @@ from deltakit.cli.command import Command, Option
 from deltakit.cli.options import force_option, is_quiet, json_option, note, print_json, table
 from deltakit.cli.settings_options import given, setting_options
 from deltakit.cli.values import CONFIG, Listed, Name
+from deltakit.parallel.processes import is_first
 from deltakit.registry import declared
 from deltakit.training.config import describe
 from deltakit.training.config_file import read_file, resolve
@@ -67,10 +68,12 @@ def command(
     """Fine-tune an exactly budgeted set of a model's weights.
 
     Settings come from the YAML file CONFIG, from flags, or both; flags win. RUN gets delta.sdelta,
-    best.sdelta, budget-N.sdelta for every mark, metrics.json, and config.yaml, which is a CONFIG.
+    best.sdelta, budget-N.sdelta for every mark, metrics.json, report.html for a browser, and
+    config.yaml, which is a CONFIG.
 
     With --compare every method and seed is a run of its own, RUN/METHOD/seed-N; what is finished is
-    not done again, what was interrupted goes on, and RUN gets compare.json, .csv and .png.
+    not done again, what was interrupted goes on, and RUN gets compare.json, .csv and .png, and a
+    report.html.
 
     \b
     Examples:
@@ -80,6 +83,7 @@ def command(
       deltakit train run.yaml --method random --target attention --lr auto
       deltakit train run/config.yaml --resume
       deltakit train run.yaml --compare id3,random,lora --seeds 0,1
+      torchrun --nproc-per-node 4 -m deltakit train run.yaml
     """
     file = {} if config is None else read_file(config)
     if compare is not None:
@@ -89,11 +93,15 @@ def command(
     from deltakit.training.report import budget_rows, remarks
     from deltakit.training.run import train
 
-    outcome = train(settings, resume=resume, force=force, say=note, quiet=is_quiet())
+    speaks = is_first()  # of the processes that torchrun or accelerate started
+    say = note if speaks else lambda text: None
+    outcome = train(settings, resume=resume, force=force, say=say, quiet=is_quiet())
     if outcome.record is None:
         saved = shlex.quote(str(Path(settings.output_dir) / "config.yaml"))
-        note(f"Interrupted and saved at step {outcome.step}; deltakit train {saved} --resume")
+        say(f"Interrupted and saved at step {outcome.step}; deltakit train {saved} --resume")
         click.get_current_context().exit(128 + (outcome.signal or 0))
+    if not speaks:
+        return
     if as_json:
         print_json(outcome.record)
         return

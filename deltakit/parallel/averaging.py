@@ -48,7 +48,8 @@ class Averaging:
         if exchange not in ("exact", "candidates"):
             raise ConfigError(f"exchange must be exact or candidates, found {exchange!r}")
         self.ranks = ranks
-        self.stop = False  # wanted by this rank; after `average_step`, by any
+        self.wants_stop = False  # set by this rank, whenever it likes
+        self.stopping = False  # whether some rank wanted it when the last step was averaged
         self._entries, self._extras = entries, list(extras)
         self._offer, self._magnitude = offer, magnitude
         self._exact = exchange == "exact"
@@ -76,13 +77,13 @@ class Averaging:
             torch.zeros_like(e.parameter) if g is None else g
             for e, g in zip(extras, gradients, strict=True)
         ]
-        flags = [*(g is not None for g in gradients), self.stop]
+        flags = [*(g is not None for g in gradients), self.wants_stop]
         parts.append(entries.base.new_tensor(flags))
         flat = flattened(parts, entries.base.dtype)
         self.ranks.average(flat)
         *averaged, told = torch.split(flat, [part.numel() for part in parts])
         entries.gradient[: entries.count] = averaged[0]
-        *present, self.stop = (told > 0).tolist()
+        *present, self.stopping = (told > 0).tolist()
         for extra, mean, here in zip(extras, averaged[1:], present, strict=True):
             if here:
                 extra.parameter.grad = mean.view_as(extra.parameter).to(extra.parameter)

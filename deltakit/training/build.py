@@ -19,6 +19,7 @@ from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import load
 from deltakit.live.coordinates import checkpoint_names
+from deltakit.parallel.processes import count, share_of
 from deltakit.selection.methods import Method
 from deltakit.selection.recipe import make_method
 from deltakit.targets.patterns import matching
@@ -151,6 +152,7 @@ def build_trainer(subject: Subject, plan: Plan, folder: RunFolder) -> SparseTrai
         avoid=plan.avoid,
         adapter=adapter,
         masked=config.masked,
+        exchange=config.exchange,
         model_id=prepared.located.model_id,
         revision=prepared.located.revision,
         config=_config_changes(prepared.changes, model),
@@ -197,7 +199,7 @@ def arguments(config: TrainConfig, folder: RunFolder, examples: int) -> Training
         lr_scheduler_type=config.scheduler,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=share_of(config.batch_size),
         per_device_eval_batch_size=config.eval_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
         bf16=config.mixed_precision == "bf16",
@@ -209,6 +211,7 @@ def arguments(config: TrainConfig, folder: RunFolder, examples: int) -> Training
         save_total_limit=2,
         logging_steps=max(config.logging_steps, ceil(steps / LINES)),
         seed=config.seed,
+        use_cpu=count() > 1 and not torch.cuda.is_available(),  # or accelerate takes each for alone
         disable_tqdm=True,
         report_to=list(config.report_to) or "none",
         remove_unused_columns=False,

@@ -84,7 +84,9 @@ class TrainerCalibration:
     def batches(self, seed: int) -> Iterator[Any]:
         """Shuffled batches without end; a stream of data comes in its own order."""
         shuffle = not isinstance(self._trainer.train_dataset, IterableDataset)
-        loader = self._loader(self._trainer.args.train_batch_size, seed, shuffle=shuffle)
+        args = self._trainer.args
+        whole = args.train_batch_size * args.world_size  # every process measures the same
+        loader = self._loader(whole, seed, shuffle=shuffle)
         return _endless(iter(loader) for _ in count())
 
     def examples(self, count: int) -> Iterator[Any]:

@@ -35,7 +35,8 @@ class BudgetCheckpoints(TrainerCallback):
         done = {row["budget"] for row in trainer.budget_results}
         for mark in trainer.checkpoint_budgets:
             if mark == trainer.tuner.unmasked and mark < trainer.tuner.budget and mark not in done:
-                save(trainer.delta(), trainer.budget_path(mark))
+                if state.is_world_process_zero:
+                    save(trainer.delta(), trainer.budget_path(mark))
                 trainer.log({"budget_entries": float(mark), **self._evaluate()})
 
     def _evaluate(self) -> dict[str, float]:
@@ -67,11 +68,22 @@ class StopOnSignal(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the other processes of the run know by this step's exchange."""
+        if (averaging := self.trainer.tuner.engine.averaging) is not None:
+            averaging.wants_stop = self.trainer.interrupted is not None
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask the Trainer to save and stop."""
-        if self.trainer.interrupted is not None:
+        """Ask the Trainer to save and stop; several processes do so after the same step."""
+        averaging = self.trainer.tuner.engine.averaging
+        if averaging and averaging.stopping and self.trainer.interrupted is None:
+            self.trainer.interrupted = signal.SIGTERM  # another process got one
+        agreed = averaging is None or averaging.stopping
+        if self.trainer.interrupted is not None and agreed:
             control.should_save = control.should_training_stop = True
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             self.trainer.interrupted_checkpoint = folder

@@ -18,6 +18,7 @@ from typing import Any
 
 from deltakit.errors import DeltakitError, OutputExistsError
 from deltakit.formats.atomic import write_bytes
+from deltakit.parallel.processes import refuse_several
 from deltakit.training.config import TrainConfig
 from deltakit.training.config_file import resolve
 from deltakit.training.folder import HARMLESS, RunFolder
@@ -49,8 +50,10 @@ def run_cells(cells: Iterable[Cell], *, force: bool, say: Say) -> list[dict[str,
 
     A cell that fails has {"error": one line} instead, and the others go on. An interrupted one
     resumes from its newest checkpoint. force: runs all anew. say: takes a note per cell. Raises
-    OutputExistsError where a folder holds a run of other settings.
+    OutputExistsError where a folder holds a run of other settings, and ConfigError in a process
+    launched with others.
     """
+    refuse_several("a comparison or sweep")
     given = list(cells)
     for cell in given:
         _check(cell, force=force)

@@ -135,7 +135,15 @@ class OptimizationSettings:
     max_steps: int | None = setting(
         None, whole(1), OPTIMIZATION, "optimizer steps, instead of epochs"
     )
-    batch_size: int = setting(16, whole(1), OPTIMIZATION, "examples per forward pass")
+    batch_size: int = setting(
+        16, whole(1), OPTIMIZATION, "examples per forward pass, of all processes together"
+    )
+    exchange: str = setting(
+        "exact",
+        one_of("exact", "candidates"),
+        OPTIMIZATION,
+        "how several processes average the gradients that are selected from",
+    )
     gradient_accumulation: int = setting(
         1, whole(1), OPTIMIZATION, "forward passes per optimizer step"
     )

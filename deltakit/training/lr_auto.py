@@ -43,9 +43,10 @@ def planned_steps(trainer: SparseTrainer) -> int:
     if args.max_steps > 0:
         return int(args.max_steps)
     dataset: Any = trainer.train_dataset
-    batches = ceil(len(dataset) / args.train_batch_size)
+    size = args.train_batch_size * args.world_size
+    batches = ceil(len(dataset) / size)
     if args.dataloader_drop_last:
-        batches = len(dataset) // args.train_batch_size
+        batches = len(dataset) // size
     epoch = max(1, ceil(batches / args.gradient_accumulation_steps))
     return ceil(args.num_train_epochs * epoch)
 

@@ -12,6 +12,7 @@ import torch
 
 from deltakit.errors import DataError, OutputExistsError
 from deltakit.formats.checkpoint import Checkpoint
+from deltakit.parallel.processes import is_first, refuse_several
 from deltakit.training.build import Plan, Subject, build_trainer
 from deltakit.training.calibration import TrainerCalibration
 from deltakit.training.config import TrainConfig
@@ -72,9 +73,10 @@ def settle_rate(
     search = trainer.find_lr(seed=config.seed, say=_teller(say))
     say(f"lr auto: {search.reason}")
     config = replace(config, lr=search.rate)
-    write_file(config, folder.config, {"lr": "found by auto, see lr.json"})
-    search.plot(folder.lr_plot)
-    search.save(folder.lr)
+    if is_first():
+        write_file(config, folder.config, {"lr": "found by auto, see lr.json"})
+        search.plot(folder.lr_plot)
+        search.save(folder.lr)
     return config
 
 
@@ -83,6 +85,7 @@ def find_for(config: TrainConfig, *, force: bool, say: Say) -> Found:
 
     Raises OutputExistsError when the folder holds a run, or an earlier sweep without `force`.
     """
+    refuse_several("lr-find")
     folder = RunFolder(Path(config.output_dir))
     folder.check_free(force=False)
     if folder.config.exists() or (folder.lr.exists() and not force):

@@ -46,9 +46,10 @@ class Meter(TrainerCallback):
         """Throughput since the last reading, and memory; keys without an answer are left out."""
         told: dict[str, float] = {}
         if self._busy > 0 and self._examples:
-            told["examples_per_second"] = round(self._examples / self._busy, 2)
+            busy = self._busy / self._processes
+            told["examples_per_second"] = round(self._examples / busy, 2)
             if self._tokens is not None:
-                told["tokens_per_second"] = round(int(self._tokens) / self._busy, 1)
+                told["tokens_per_second"] = round(int(self._tokens) / busy, 1)
         self._start_over()
         return {**told, **memory_in_use()}
 
@@ -59,6 +60,7 @@ class Meter(TrainerCallback):
         known = (record["seconds"] for record in reversed(state.log_history) if "seconds" in record)
         self._earlier = next(known, 0.0)
         self._began = self._mark = time.monotonic()
+        self._processes = args.world_size  # each counts its own share of a batch
         self._start_over()
 
     def on_step_end(

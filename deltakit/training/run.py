@@ -12,6 +12,7 @@ import torch
 
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.sdelta import save
+from deltakit.parallel.processes import is_first, joined, wait
 from deltakit.training.analysis_report import analyses, plot_unmasking
 from deltakit.training.build import Plan, Subject, build_trainer
 from deltakit.training.config import TrainConfig
@@ -34,7 +35,8 @@ from deltakit.training.watch import BestDelta, metrics_of
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended. record: the content of metrics.json, or None when it was interrupted.
+    """How a run ended. record: the content of metrics.json, or None when it was interrupted;
+    of several processes that train together only the first has it, the others an empty one.
 
     signal: the number of the signal that interrupted it; step: the last optimizer step.
     """
@@ -57,8 +59,14 @@ def train(
     resume: go on from the newest checkpoint, with the bits of a run that was never stopped.
     force: replace an earlier run. say: takes notes of one line; quiet: no progress on stderr.
     Everything about data and settings is checked before the model is loaded; raises the typed
-    errors of `deltakit.errors`.
+    errors of `deltakit.errors`. Processes launched together (torchrun, `accelerate launch`) share
+    every batch, and the first of them writes.
     """
+    with joined():
+        return _train(config, resume=resume, force=force, say=say, quiet=quiet)
+
+
+def _train(config: TrainConfig, *, resume: bool, force: bool, say: Say, quiet: bool) -> Outcome:
     started = time.monotonic()
     folder = RunFolder(Path(config.output_dir))
     config = known_rate(config, folder) if resume else config
@@ -73,15 +81,18 @@ def train(
     base = Checkpoint(with_weights(prepared.located).folder)
     subject = Subject(config, prepared, base)
     plan = Plan.of(config, subject.total_weights)
-    if not resume:
+    wait()  # no process looks at the folder any more
+    if not resume and is_first():
         folder.clear()
         write_file(config, folder.config)
+    wait()
     trainer = build_trainer(subject, plan, folder)
     config = settle_rate(config, trainer, folder, say)
     report = RunReport(folder, subject, plan, say)
-    trainer.add_callback(report)
+    if is_first():
+        trainer.add_callback(report)
     memory, training = PeakMemory(), time.monotonic()
-    with showing(trainer, prepared.metric, quiet=quiet):
+    with showing(trainer, prepared.metric, quiet=quiet or not is_first()):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.interrupted is not None and trainer.state.global_step < trainer.state.max_steps:
             return Outcome(None, trainer.interrupted, trainer.state.global_step)
@@ -90,8 +101,11 @@ def train(
             "train_seconds": round(time.monotonic() - training, 3),
             "peak_bytes_above_model": memory.above(),
         }
+        evaluation = _last_evaluation(trainer)  # by all processes together
+        if not is_first():
+            return Outcome({}, None, trainer.state.global_step)
         save(trainer.delta(), folder.delta)
-        record = _results(config, subject, trainer, folder)
+        record = _results(config, subject, trainer, folder, evaluation)
     record |= {**cost, "seconds": round(time.monotonic() - started, 3)}
     plot(record, folder.plot)
     found = record["analyses"]
@@ -104,14 +118,18 @@ def train(
 
 
 def _results(
-    config: TrainConfig, subject: Subject, trainer: SparseTrainer, folder: RunFolder
+    config: TrainConfig,
+    subject: Subject,
+    trainer: SparseTrainer,
+    folder: RunFolder,
+    evaluation: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of metrics.json; evaluates the end of training where nothing has yet."""
+    """The content of metrics.json; evaluation: the record of the one at the end."""
     prepared, base = subject.prepared, subject.base
     delta = trainer.delta()
     step = trainer.state.global_step
     names = prepared.problem.metric_names
-    last = _result(_last_evaluation(trainer), step, names, folder.delta)
+    last = _result(evaluation, step, names, folder.delta)
     marks = []
     for record in trainer.state.log_history:
         if "budget_entries" in record:

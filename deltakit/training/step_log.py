@@ -31,7 +31,8 @@ class StepLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the file with what a resumed run already logged, and nothing later."""
-        write_bytes(self.path, "".join(map(_line, state.log_history)).encode())
+        if state.is_world_process_zero:
+            write_bytes(self.path, "".join(map(_line, state.log_history)).encode())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -44,8 +45,9 @@ class StepLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Append the newest record."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(_line(state.log_history[-1]))
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(_line(state.log_history[-1]))
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -14,10 +14,12 @@ from transformers import Trainer, TrainingArguments
 from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError, MissingFileError, TrainingError
 from deltakit.formats.sdelta import save
+from deltakit.parallel.unwrapped import unwrapped
 from deltakit.selection.fixed import Unresolved
 from deltakit.selection.methods import Method
 from deltakit.training.calibration import TrainerCalibration
 from deltakit.training.callbacks import BudgetCheckpoints, StopOnSignal
+from deltakit.training.loss_scale import divides_by_count
 from deltakit.training.lr_auto import search_rate
 from deltakit.training.lr_search import LrSearch
 from deltakit.training.meter import Meter
@@ -25,7 +27,7 @@ from deltakit.training.tuner import SparseTuner
 
 _PASSED = (
     *("age", "base", "init_delta", "avoid", "optimizer", "optimizer_options", "adapter", "masked"),
-    *("model_id", "revision", "config", "provenance"),
+    *("exchange", "model_id", "revision", "config", "provenance"),
 )
 STATE_FILE = "optimizer.pt"  # the Trainer's own name; it holds the support and values too
 
@@ -39,7 +41,7 @@ class SparseTrainer(Trainer):
     `max_grad_norm` are those of the entries; clipping sees chosen entries and extras only.
 
     method, target, exclude, extras, extras_lr, age, optimizer, optimizer_options, base, init_delta,
-    avoid, adapter, masked, model_id, revision, config, provenance: see `SparseTuner`.
+    avoid, adapter, masked, exchange, model_id, revision, config, provenance: see `SparseTuner`.
     checkpoint_budgets: when
     unmasking reaches such a mark, `budget-N.sdelta` is written to `args.output_dir` and evaluated
     (`budget_results`).
@@ -74,6 +76,8 @@ class SparseTrainer(Trainer):
         self.interrupted: int | None = None
         self.interrupted_checkpoint: Path | None = None
         super().__init__(model=model, args=args, **kwargs)
+        several = args.world_size > 1 or args.gradient_accumulation_steps > 1
+        self._scale_unknown = several and self.model_accepts_loss_kwargs
         self._meter = Meter()
         self.callback_handler.callbacks.insert(0, self._meter)
         self.add_callback(BudgetCheckpoints(self))
@@ -116,9 +120,18 @@ class SparseTrainer(Trainer):
         with stopper.listening((signal.SIGINT, signal.SIGTERM)):
             return super().train(*args, **kwargs)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        with unwrapped(self.accelerator):
+            return super()._prepare_for_training(*args, **kwargs)
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Train on one batch as `Trainer.training_step`, and count it."""
         self._meter.count(inputs)
+        if self._scale_unknown and "labels" in inputs:
+            with self.compute_loss_context_manager():
+                ready = self._prepare_inputs(inputs)
+                self.model_accepts_loss_kwargs = divides_by_count(model, ready)
+            self._scale_unknown = False
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -215,12 +228,12 @@ class SparseTrainer(Trainer):
 def _refuse_unsupported(args: TrainingArguments) -> None:
     if args.fp16:
         raise ConfigError("float16 loss scaling is not supported; use bf16=True or float32")
-    if args.world_size > 1 or args.n_gpu > 1:
+    if args.n_gpu > 1:
         raise ConfigError(
-            f"training on several devices is not supported yet ({args.world_size} processes, "
-            f"{args.n_gpu} devices); set CUDA_VISIBLE_DEVICES to one device"
+            f"one process has {args.n_gpu} devices; launch one per device (torchrun "
+            f"--nproc-per-node {args.n_gpu} ...), or set CUDA_VISIBLE_DEVICES to one"
         )
     if args.deepspeed or args.fsdp:
-        raise ConfigError("DeepSpeed and FSDP are not supported yet; train on one device")
+        raise ConfigError("DeepSpeed and FSDP are not supported yet; every process holds the model")
     if args.save_only_model:
         raise ConfigError("save_only_model=True leaves nothing to resume from; leave it off")

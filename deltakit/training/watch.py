@@ -65,7 +65,8 @@ class BestDelta(TrainerCallback):
             return
         best = self.best()
         if best is state.log_history[-1]:
-            save(self.trainer.delta(), self.path)
+            if state.is_world_process_zero:
+                save(self.trainer.delta(), self.path)
         elif self.patience is not None and self.evaluations_since(best) >= self.patience:
             control.should_training_stop = True
 
