@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -153,6 +154,18 @@ def foreign_setting(base: Path, delta: Path) -> list[object]:
     return ["train", *flags, "--method", "random", "--exp", 1]
 
 
+def code_of_its_own(base: Path, delta: Path) -> list[object]:
+    folder = base.with_name("m")
+    folder.mkdir()
+    told = {"model_type": "none", "auto_map": {"AutoConfig": "code.C"}, "architectures": ["M"]}
+    (folder / "config.json").write_text(json.dumps(told))
+    (folder / "code.py").write_text("raise SystemExit('this code ran')")
+    data = base.with_name("data.jsonl")
+    data.write_text('{"text": "a", "label": "b"}\n')
+    flags = ["--data", data, "--task", "sequence-classification", "--split", "train"]
+    return ["evaluate", "--model", folder, *flags]
+
+
 PROVOKED: dict[str, Callable[[Path, Path], list[object]]] = {
     "is not the base of the delta: tensor … has other": other_base,
     "is not the base of the delta: tensor … is …, expected": other_dtype,
@@ -175,6 +188,7 @@ PROVOKED: dict[str, Callable[[Path, Path], list[object]]] = {
     "offline mode is on (HF_HUB_OFFLINE) and the cache": offline,
     "unknown setting": unknown_setting,
     "does not apply to method": foreign_setting,
+    "it needs code of its own": code_of_its_own,
 }
 
 

@@ -21,6 +21,7 @@ from deltakit.training.readers import first_line
 from deltakit.training.task import Head, Problem
 
 _ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")  # some old models have no owner
+_NO_CODE = {"trust_remote_code": False}  # left open, transformers asks on the terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +83,9 @@ def _location(model: str, revision: str | None) -> Location:
 def load_config(located: Located) -> Any:
     """The model's transformers configuration; MissingFileError when it cannot be read."""
     try:
-        return transformers.AutoConfig.from_pretrained(located.folder)
+        return transformers.AutoConfig.from_pretrained(located.folder, **_NO_CODE)
     except (OSError, ValueError, KeyError) as error:
-        raise MissingFileError(f"model {located.folder}: {first_line(error)}") from None
+        raise MissingFileError(f"model {located.folder}: {_why(error)}") from None
 
 
 def load_processor(located: Located, config: Any, problem: Problem) -> Any:
@@ -103,12 +104,12 @@ def load_tokenizer(located: Located, *, words: bool = False) -> Any:
     words: texts come as lists of words. Vocabularies that tell `the` from ` the` then see every
     word as they see it within a text.
     """
-    options = {"add_prefix_space": True} if words else {}
+    options = {"add_prefix_space": True, **_NO_CODE} if words else _NO_CODE
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(located.folder, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise MissingFileError(
-            f"model {located.folder}: its tokenizer cannot be loaded: {first_line(error)}"
+            f"model {located.folder}: its tokenizer cannot be loaded: {_why(error)}"
         ) from None
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -121,10 +122,10 @@ def load_image_processor(located: Located, config: Any) -> Any:
         return ImageScaling.of(config)
     auto: Any = transformers.AutoImageProcessor
     try:
-        return auto.from_pretrained(located.folder)
+        return auto.from_pretrained(located.folder, **_NO_CODE)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise MissingFileError(
-            f"model {located.folder}: its image processor cannot be loaded: {first_line(error)}"
+            f"model {located.folder}: its image processor cannot be loaded: {_why(error)}"
         ) from None
 
 
@@ -165,15 +166,22 @@ def load_model(
     """
     auto = getattr(transformers, problem.model_class)
     try:
-        model = auto.from_pretrained(located.folder, config=config, dtype=dtype)
+        model = auto.from_pretrained(located.folder, config=config, dtype=dtype, **_NO_CODE)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"model {located.folder}: {first_line(error)}") from None
+        raise ConfigError(f"model {located.folder}: {_why(error)}") from None
     if quantization is None:
         return model
     from deltakit.quantized.replacing import quantize_model
 
     names = checkpoint_names(model, Checkpoint(located.folder))
     return quantize_model(model, quantization, new=[n for n, at in names.items() if at is None])
+
+
+def _why(error: Exception) -> str:
+    """The reason that transformers gives, in one line."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own (trust_remote_code), and deltakit runs no code of models"
+    return first_line(error)
 
 
 def longest_input(processor: Any, config: Any, asked: int) -> int:

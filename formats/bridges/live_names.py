@@ -105,7 +105,9 @@ def _of_class(architecture: str, base: Checkpoint) -> dict[str, str] | None:
     if not isinstance(made, type) or not issubclass(made, transformers.PreTrainedModel):
         return None
     try:
-        config = transformers.AutoConfig.from_pretrained(base.directory, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            base.directory, local_files_only=True, trust_remote_code=False
+        )
         with torch.device("meta"):
             where = coordinates(made(config), base, buffers=True)
     except (OSError, ValueError):

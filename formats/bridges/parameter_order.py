@@ -83,7 +83,9 @@ def _models(
 ) -> Iterator[tuple[str, Any]]:
     """Models without data: of the classes that config.json names, then of all others that
     transformers has for the architecture, with as many labels as the last shape has rows."""
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     known = [name for name in own if hasattr(transformers, name)]
     classes: dict[str, Any] = {name: getattr(transformers, name) for name in known}
     for mapping in vars(modeling_auto).values():
