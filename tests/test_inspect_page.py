@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,16 @@ def test_the_command_writes_the_page_and_prints_the_report_as_before(tmp_path: P
     assert again.exit_code == 1 and "--force" in again.stderr
     forced = CliRunner().invoke(main, [*command, "--force", "--json"])
     assert json.loads(forced.stdout) == json.loads(json.dumps(found.as_dict()))
+
+
+def test_writing_the_page_loads_no_torch_and_no_matplotlib(tmp_path: Path) -> None:
+    path = inspected(SORTS["layers"], tmp_path).path
+    code = (
+        "import sys\nfrom deltakit.cli.main import main\n"
+        f"main(['inspect', {str(path)!r}, '--html', {str(tmp_path / 'a.html')!r}],"
+        " standalone_mode=False)\nassert not {'torch', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_the_delta_itself_is_never_replaced(tmp_path: Path) -> None:
