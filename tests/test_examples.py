@@ -142,9 +142,6 @@ def test_mixed_batch_serving(tmp_path: Path, tasks: list[Path]) -> None:
     told = run("mixed_batch_serving", tmp_path, "--data", *tasks, *flags)
     assert "6 rows, answers equal" in told
     assert "the merged model's logits, to the bit" in told
-    given = [tmp_path / "runs" / "serving" / task.name / "delta.sdelta" for task in tasks]
-    again = run("mixed_batch_serving", tmp_path, "--data", *tasks, "--deltas", *given, *flags)
-    assert again.splitlines()[-4:] == told.splitlines()[-4:]  # the same answers
 
 
 def test_sparse_lora_nf4(tmp_path: Path, tasks: list[Path]) -> None:
@@ -182,7 +179,7 @@ def test_publish(
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    flags = ("--data", tasks[0], "--max-steps", 12)
+    flags = ("--data", tasks[0], "--max-steps", 20)
     told = run("publish", tmp_path, "org/news", *flags, **environment)
     assert "pulled budget-5000.sdelta of 5,000 entries: equal, byte for byte" in told
     assert "20,000 entries in" in told
@@ -229,7 +226,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     ]
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
     assert "20,000 entries in" in printed
-    assert "belongs to" in printed or "base" in printed  # the refusal of another base
+    assert "base values" in printed  # the refusal of another base
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
     assert (tmp_path / "runs" / "tour" / "merged" / "model.safetensors").is_file()
 

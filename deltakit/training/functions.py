@@ -38,7 +38,7 @@ def train(
     SystemExit. Raises ConfigError for settings, and the typed errors of what they name.
     """
     check_names(settings, "train")
-    resolved = resolve({} if config is None else read_file(config), settings)
+    resolved = resolve({} if config is None else read_file(Path(config)), settings)
     outcome = run.train(resolved, resume=resume, force=force, say=say, quiet=quiet)
     if outcome.record is not None:
         return outcome.record
