@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -29,6 +30,9 @@ _OPTIONAL = {
     "torch": "train",
     "transformers": "train",
 }
+
+# Told by words: errors are explained without torch, whose CPU raises a plain RuntimeError anyway.
+_TORCH_LACKS_MEMORY = re.compile(r"out of memory|can't allocate memory")
 
 
 class Failure(click.ClickException):
@@ -61,6 +65,13 @@ def explained(ctx: click.Context) -> Iterator[None]:
         raise Failure(_system_error(error)) from None
     except MemoryError as error:
         raise Failure(_one_line(error) or "out of memory") from None
+    except RuntimeError as error:
+        if not _TORCH_LACKS_MEMORY.search(str(error)):
+            raise
+        raise Failure(
+            "out of memory: lower batch_size (gradient_accumulation makes up for it) or max_length, "
+            f"or hold the base quantised (quantize); torch says: {_one_line(error)[:200]}"
+        ) from None
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)
         ctx.exit(128 + signal.SIGINT)

@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
+import torch
 from conftest import write_base
 from hub_server import HubServer
 from page_lab import DOCS, pattern, stands_in_source
@@ -17,12 +19,14 @@ from safetensors.numpy import save_file
 from train_lab import deltakit
 
 import deltakit as dk
+from deltakit.cli.explain import Failure, explained
+from deltakit.cli.main import main
 
 PAGE = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
 HEADINGS = [line.removeprefix("### ") for line in PAGE.splitlines() if line.startswith("### ")]
 # A message may hold backticks itself, and a heading several messages: `one`, `another`.
 MESSAGES = [m for h in HEADINGS for m in h.removeprefix("`").removesuffix("`").split("`, `")]
-SYSTEM = {"permission denied: …", "no space left on device", "out of memory"}  # strerror, Python
+SYSTEM = {"permission denied: …", "no space left on device"}  # the operating system's
 
 
 def test_there_are_many_and_each_is_answered() -> None:
@@ -203,6 +207,13 @@ def test_the_command_line_says_it(
     told = refused.stderr.splitlines()[-1]
     assert told.startswith("Error: ")
     assert pattern(message).search(told), told
+
+
+def test_the_command_line_says_what_torch_lacks() -> None:
+    (message,) = (m for m in MESSAGES if m.startswith("out of memory"))
+    with pytest.raises(Failure) as told, explained(click.Context(main)):
+        torch.empty(2**50)
+    assert pattern(message).search(told.value.message)
 
 
 def test_the_hub_says_it(hub: HubServer) -> None:
