@@ -130,12 +130,13 @@ function occupancyText({ shape: own, occupancy }) {
 function occupancyChart({ occupancy, entries }) {
   if (!entries) return el("p", { class: "soft" }, "It holds no entry.");
   const { rows, columns } = sides(occupancy);
+  if (rows.size * columns.size === 1) return el("p", { class: "soft" }, "It has one element.");
   if (rows.size > 1) return joint({ cells: occupancy.cells, rows, columns });
   const edges = columns.sums.map((_, bin) => bin * columns.perBin);
   return bars({
     edges: [...edges, columns.size],
     series: [{ name: "entries", counts: columns.sums }],
-    x: { label: columns.label, write: format.count },
+    x: { label: columns.label, write: format.count, whole: true },
     y: { label: "entries" },
   });
 }
