@@ -43,7 +43,7 @@ def planned_steps(trainer: SparseTrainer) -> int:
     if args.max_steps > 0:
         return int(args.max_steps)
     dataset: Any = trainer.train_dataset
-    size = args.train_batch_size * args.world_size
+    size: int = args.train_batch_size * args.world_size
     batches = ceil(len(dataset) / size)
     if args.dataloader_drop_last:
         batches = len(dataset) // size

@@ -22,6 +22,8 @@ class Meter(TrainerCallback):
     def __init__(self) -> None:
         self._began = self._mark = time.monotonic()
         self._earlier = 0.0
+        self._processes = 1
+        self._tokens: int | torch.Tensor | None = None
         self._start_over()
 
     @property
@@ -81,4 +83,4 @@ class Meter(TrainerCallback):
 
     def _start_over(self) -> None:
         self._examples, self._busy = 0, 0.0
-        self._tokens: int | torch.Tensor | None = None
+        self._tokens = None

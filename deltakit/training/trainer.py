@@ -122,7 +122,7 @@ class SparseTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         with unwrapped(self.accelerator):
-            return super()._prepare_for_training(*args, **kwargs)
+            return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Train on one batch as `Trainer.training_step`, and count it."""
