@@ -37,7 +37,7 @@ def keep_events_in(trainer: Any, folder: str | os.PathLike[str]) -> None:
 
     TENSORBOARD_LOGGING_DIR, which transformers reads, comes before that.
     """
-    from transformers.integrations import TensorBoardCallback
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
