@@ -11,7 +11,8 @@ backwards only, with an output layer that knows nothing. It learns to answer two
 a sentence with one word. That is enough to see that answers follow the instruction, and all that so
 small a model can do.
 
-Expected: 0 % of the answers right before, about 55 % after (guessing gives 21 %), and four answers.
+Expected: 0 % of the answers right before, 70 % after (guessing gives 21 %), and four answers, such
+as "send mail over a socket which part of the library ? -> network".
 """
 
 import argparse

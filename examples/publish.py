@@ -31,6 +31,7 @@ def short_run(args: argparse.Namespace) -> Path:
         task="sequence-classification",
         budget="20k",
         checkpoint_budgets=["5k"],
+        unmask_fraction=0.8,  # so that the smaller budget is reached after some training
         eval_strategy="budget",
         max_steps=args.max_steps,
         batch_size=32,

@@ -6,8 +6,8 @@ The policy reads a sentence and names its class; a right answer is rewarded with
 process of its own, holds the policy in bfloat16, tries several actions per sentence, and sends what
 it saw. The trainer holds it in float32, learns by REINFORCE (Williams, 1992) with the mean of a
 sentence's rewards as its baseline, and publishes after every step the bits that changed in
-bfloat16. `dk.SparseTuner` moves --budget weights and the head alone, so a patch is a fraction of the
-model; with another optimizer more bits change, and nothing else is different. A patch names the
+bfloat16. `dk.SparseTuner` moves --budget weights and the head alone, so a patch is a fraction of
+the model; with another optimizer more bits change, and nothing else is different. A patch names the
 step it starts from and the digest of all weights there, so that the actor cannot miss one, repeat
 one or take one of another run. MODEL and DATA: see classify.py.
 
