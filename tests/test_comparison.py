@@ -106,6 +106,7 @@ def test_comparison_from_end_to_end(
     assert [(line["method"], line["seed"]) for line in lines] == [("random", "0"), ("random", "1")]
     assert float(lines[0]["accuracy"]) == random["value"]
     assert (tmp_path / "out/compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "<h1>" in (tmp_path / "out/report.html").read_text()
 
     with pytest.raises(OutputExistsError, match=r"another head_lr .*or --force to replace it"):
         compare_methods({**settings, "head_lr": 0.5}, {}, ["random"], seeds=[0])
@@ -289,6 +290,7 @@ def test_sweep_over_exp_and_eps(bert: Path, colours: Path, tmp_path: Path) -> No
         ("0.5", "-1.0"),
     ]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "<h1>" in (tmp_path / "report.html").read_text()
     with pytest.raises(ConfigError, match="setting eps does not apply to method random"):
         sweep_d3(settings, {"method": "random"}, eps=[1], exp=[0])
 
