@@ -47,6 +47,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return rewritten(page.file.src_uri, markdown)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The page without heads of tables that name nothing, which Markdown cannot leave out."""
+    return html.replace("<th></th>", "<td></td>")
+
+
 def place_of(page: str) -> str:
     """Where the file of a page lies in the repository."""
     return PLACES.get(page, f"docs/{page}")
