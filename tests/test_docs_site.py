@@ -10,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import pytest
+from browser_lab import Browser
 
 import deltakit
 
@@ -154,4 +156,34 @@ def test_parameters_become_lists_and_public_names_links() -> None:
         "- `one`, `two`: of [n], see [`dk.load`][deltakit.load].\n"
         "- `three`: other: `x`.\n\n"
         "Raises [DataError][deltakit.DataError], and OSError."
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("page", ["index.html", "cli.html", "api/deltas.html", "methods.html"])
+def test_pages_open_from_disk_for_everybody_and_ask_for_nothing_else(
+    page: str, scheme: Literal["light", "dark"], site: Path, browser: Browser
+) -> None:
+    browser.scheme(scheme)
+    browser.open(site / page)
+    assert {url.partition(":")[0] for url in browser.requests()} <= {"file", "data"}
+    assert browser.errors() == [] and browser.too_wide() == []
+    assert browser.violations() == []
+    browser.errors()  # axe asks for the style sheets, which pages on disk may not read
+
+
+def test_the_search_finds_what_is_typed_without_a_server(site: Path, browser: Browser) -> None:
+    browser.open(site / "index.html")
+    browser.driver.find_element("css selector", ".md-search__input").send_keys("golomb")
+    browser.driver.execute_async_script(
+        """
+        const [page, done] = arguments;
+        const look = () => {
+          const links = [...document.querySelectorAll(".md-search-result__link")];
+          if (links.some(link => link.href.includes(page))) done();
+          else setTimeout(look, 50);  // the driver gives up at last
+        };
+        look();
+        """,
+        "/benchmarks.html",
     )
