@@ -28,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_budgets": "100",
     "unmask_fraction": 0.5,
     "eval_strategy": "budget",
+    "exclude": "*key.bias",  # whose gradients are rounding noise and nothing else
 }
 
 
@@ -106,8 +107,12 @@ def test_two_processes_train_what_one_does(
     assert_near(two, tmp_path / "run")
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert sorted(path.name for path in two.iterdir()) == names
-    steps = [json.loads(line)["step"] for line in (two / "log.jsonl").read_text().splitlines()]
-    assert [step for step in steps if steps.count(step) > 1] == [4, 4, 12, 12]  # with evaluations
+    assert logged(two) == logged(tmp_path / "run")
+
+
+def logged(run: Path) -> list[int]:
+    """The step of every record of the log."""
+    return [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def test_a_killed_rank_costs_nothing_but_the_time_since_the_last_save(
@@ -141,7 +146,7 @@ def test_a_signal_to_one_rank_stops_all_after_one_step(
     process = start(*train_flags(still, colours, run, **{**SETTINGS, "max_steps": 4000}))
     assert process.stderr is not None
     for line in process.stderr:
-        if "step 5/" in line:
+        if re.search(r"step \d+/4000", line):
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             (first,) = [c for c in children if "RANK=1" in environment(int(c))]
             os.kill(int(first), signal.SIGTERM)
@@ -160,12 +165,12 @@ def torch_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("command", ["lr-find", "sweep"])
+@pytest.mark.parametrize("call", [["lr-find"], ["train", "--compare", "id3"]])
 def test_what_runs_alone_says_so(
-    command: str, still: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: list[str], still: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    result = deltakit(command, *train_flags(still, colours, tmp_path / "run", **SETTINGS))
+    result = deltakit(*call, *train_flags(still, colours, tmp_path / "run", **SETTINGS))
     assert result.exit_code == 1
     assert "runs in one process, found 2; launch it without torchrun" in result.stderr
 
