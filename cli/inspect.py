@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from deltakit.formats.atomic import refuse_existing
 
 if TYPE_CHECKING:
     from deltakit.inspection import Inspection
+    from deltakit.views.delta_view import DeltaView
 
 
 @click.command(cls=Command)
@@ -58,8 +60,14 @@ def command(
     from deltakit.inspection import inspect
 
     found = inspect(delta)
-    for output in _drawn(found, plot, html):
-        note(f"Wrote {output}.")
+    if plot is not None or html is not None:
+        from deltakit.views.delta_view import DeltaView
+
+        view = DeltaView.of(found)
+        if not found.remote:
+            found = replace(found, known=view.changes)
+        for output in _drawn(found, view, plot, html):
+            note(f"Wrote {output}.")
     if as_json:
         print_json(found.as_dict())
     else:
@@ -72,13 +80,10 @@ def _check_output(output: Path, delta: Source, force: bool) -> None:
     refuse_existing(output, force)
 
 
-def _drawn(found: Inspection, plot: Path | None, html: Path | None) -> Iterator[Path]:
-    """Write what is asked for, from one reading of the file."""
-    if plot is None and html is None:
-        return
-    from deltakit.views.delta_view import DeltaView
-
-    view = DeltaView.of(found)
+def _drawn(
+    found: Inspection, view: DeltaView, plot: Path | None, html: Path | None
+) -> Iterator[Path]:
+    """Write what is asked for."""
     if plot is not None:
         from deltakit.views.plot import plot_delta
 

@@ -55,13 +55,15 @@ class Inspection:
 
     path: of a file, or its location at the very commit. file_bytes: size of the file. header: what
     the file says about its tensors and extras, its base, the changes of configuration and its
-    provenance. remote: whether no more of it than the header is on this machine.
+    provenance. remote: whether no more of it than the header is on this machine. known: `changes`,
+    from whoever has read the tensors already.
     """
 
     path: Path | Location
     file_bytes: int
     header: SdeltaHeader
     remote: bool = False
+    known: Mapping[str, Changes] | None = None
 
     @property
     def tensors(self) -> list[TensorRecord]:
@@ -131,6 +133,8 @@ class Inspection:
     def changes(self) -> Mapping[str, Changes]:
         """Statistics of |change| per tensor; the first use reads and checks the sparse tensors, and
         so downloads a file that is on the Hub."""
+        if self.known is not None:
+            return self.known
         with self.open() as file:
             return {t.name: Changes.of(file.tensor(t.name)) for t in self.tensors}
 

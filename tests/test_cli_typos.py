@@ -147,7 +147,7 @@ def test_settings_in_a_file_and_formats_are_typed_errors(tmp_path: Path, delta_f
     assert (code, told) == (1, "Error: unknown stacking method 'tise'; nearest: ties, sce")
 
 
-@pytest.mark.parametrize(("place", "registry"), DECLARED.items(), ids=lambda part: str(part))
+@pytest.mark.parametrize(("place", "registry"), DECLARED.items(), ids=map(".".join, DECLARED))
 def test_names_told_without_importing_are_those_registered(
     place: tuple[str, str], registry: Registry[Any]
 ) -> None:
