@@ -7,6 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 
 from deltakit.parallel.ranks import Ranks
+from deltakit.training.entries import Target
+
+
+def backward_order(model: torch.nn.Module | None, targets: Sequence[Target]) -> list[int]:
+    """The order in which backward is expected to reach targets: against that of the model."""
+    numbers = {id(target.parameter): target.number for target in targets}
+    parameters = [] if model is None else list(model.parameters())
+    forward = [numbers.pop(id(p)) for p in parameters if id(p) in numbers]
+    return [*forward, *numbers.values()][::-1]
 
 
 class InOrder:

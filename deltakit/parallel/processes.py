@@ -49,7 +49,9 @@ def wait() -> None:
 def refuse_several(what: str) -> None:
     """Raise ConfigError where this process was launched with others, which `what` has no use for."""
     if count() > 1:
-        raise ConfigError(f"{what} runs in one process, found {count()}; launch it without torchrun")
+        raise ConfigError(
+            f"{what} runs in one process, found {count()}; launch it without torchrun"
+        )
 
 
 def share_of(batch_size: int) -> int:

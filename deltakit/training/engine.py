@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from deltakit.dtypes import Array
 from deltakit.errors import TrainingError
 from deltakit.gradient_hooks import after_accumulation
 from deltakit.parallel.averaging import Averaging, Exchange
+from deltakit.parallel.in_order import backward_order
 from deltakit.parallel.ranks import Ranks
 from deltakit.selection.methods import Change, Selector
+from deltakit.training.clipping import clip_to
 from deltakit.training.entries import Entries, Target
 from deltakit.training.entries_state import restore_state, state_of
 from deltakit.training.extra import Extra
@@ -72,7 +73,8 @@ class Engine:
         self._offered = [False] * len(entries.targets)
         self._finished = False
         self._began = False
-        self._bounds = [_weight_bounds(t) for t in entries.targets] if selector else []
+        # Entries that are not chosen keep their base bits, so these stay true.
+        self._bounds = [t.bounds() for t in entries.targets] if selector else []
         for target in entries.targets:
             target.parameter.requires_grad_()  # torch refuses hooks on frozen tensors
         self._hooks = [after_accumulation(t.parameter, self._hook(t)) for t in entries.targets]
@@ -238,9 +240,6 @@ class Engine:
         self.selector.offer(target.number, matrix, target.weights(), bounds, target.live_name)
 
     def _averaging(self, ranks: Ranks, exchange: Exchange) -> Averaging:
-        numbers = {id(target.parameter): target.number for target in self.entries.targets}
-        parameters = [] if self.model is None else list(self.model.parameters())
-        forward = [numbers.pop(id(p)) for p in parameters if id(p) in numbers]
         return Averaging(
             ranks,
             self.entries,
@@ -248,14 +247,14 @@ class Engine:
             exchange=exchange,
             offer=self._offer,
             magnitude=self.selector.magnitude if self.selector else torch.abs,
-            order=[*forward, *numbers.values()][::-1],
+            order=backward_order(self.model, self.entries.targets),
         )
 
     def _begin(self) -> None:
         if not self._began:
             assert self.selector is not None
             if self.selector.competes:  # entries in training move, and with them the bounds
-                self._bounds = [_weight_bounds(t) for t in self.entries.targets]
+                self._bounds = [t.bounds() for t in self.entries.targets]
             self.selector.begin(self.step, self)
             self._began = True
 
@@ -274,17 +273,7 @@ class Engine:
     def _clip(self) -> float:
         gradients = [self.entries.gradient]
         gradients += [e.parameter.grad for e in self.extras if e.parameter.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients])
-        norm = float(torch.linalg.vector_norm(norms))
-        if not np.isfinite(norm):
-            raise TrainingError(
-                f"step {self.step}: the gradient of the trained entries is not finite ({norm}); "
-                "lower the learning rate, clip gradients or look for broken inputs"
-            )
-        if self.max_grad_norm and norm > self.max_grad_norm:
-            for gradient in gradients:
-                gradient.mul_(self.max_grad_norm / (norm + 1e-6))
-        return norm
+        return clip_to(self.max_grad_norm, gradients, self.step)
 
     def _freeze_untrained(self) -> None:
         """Once the support is fixed, only its entries' gradients are computed.
@@ -301,12 +290,3 @@ class Engine:
             self._fixed.close()
         settled = not self.selecting and not self.frozen
         self._fixed = FixedSupport(self.model, self.entries) if self.model and settled else None
-
-
-def _weight_bounds(target: Target) -> tuple[float, float]:
-    """Least and largest |w|: entries that are not chosen keep their base bits, so they stay true."""
-    least, largest = float("inf"), 0.0
-    for part in torch.split(target.weights(), 2**24):
-        size = part.abs()
-        least, largest = min(least, size.min().item()), max(largest, size.max().item())
-    return least, largest

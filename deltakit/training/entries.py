@@ -57,6 +57,14 @@ class Target:
         """The live weights, flat, to be read only."""
         return self.flat
 
+    def bounds(self) -> tuple[float, float]:
+        """Least and largest |w| of the live weights."""
+        least, largest = float("inf"), 0.0
+        for part in torch.split(self.weights(), 2**24):
+            size = part.abs()
+            least, largest = min(least, size.min().item()), max(largest, size.max().item())
+        return least, largest
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the tensor."""
