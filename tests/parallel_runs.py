@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch.distributed as dist
 
 import deltakit as dk
 from deltakit.dtypes import Array
+from deltakit.parallel import averaging
+from deltakit.parallel.in_order import InOrder
+from deltakit.parallel.ranks import Ranks
 
 STEPS, BATCH = 6, 16
 
@@ -20,16 +24,16 @@ STEPS, BATCH = 6, 16
 class Branching(torch.nn.Module):
     """Two experts, of which each row reaches one; a norm with buffers; a head to be an extra."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, momentum: float = 0.0) -> None:
         super().__init__()
         torch.manual_seed(7)
         self.embed = torch.nn.Embedding(12, 10)
         self.experts = torch.nn.ModuleList(torch.nn.Linear(10, 10) for _ in range(2))
-        self.norm = torch.nn.BatchNorm1d(10, momentum=0.0)  # its statistics stay at their start
+        self.norm = torch.nn.BatchNorm1d(10, momentum=momentum)
         self.body = torch.nn.Linear(10, 24)
         self.unused = torch.nn.Linear(5, 5)
         self.head = torch.nn.Linear(24, 3)
-        self.to(dtype).eval()
+        self.to(dtype).train(momentum > 0)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: int64 [B, 2]; logits [B, 3]. A row's first token decides its expert."""
@@ -75,13 +79,15 @@ def train(
     passes: int = 1,
     exchange: Any = "exact",
     sorted_rows: bool = False,
+    momentum: float = 0.0,
 ) -> Trained:
     """A run of STEPS steps; this rank sees every n-th row of each batch.
 
-    passes: backward passes per step. sorted_rows: each rank gets rows of one expert only.
+    passes: backward passes per step. sorted_rows: each rank gets rows of one expert only. momentum:
+    of the norm's statistics, which stay as they are at 0.
     """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model = Branching(getattr(torch, dtype))
+    model = Branching(getattr(torch, dtype), momentum)
     tuner = dk.SparseTuner(
         model,
         method(name),
@@ -114,6 +120,111 @@ def train(
         {n: np.asarray(t.values) for n, t in delta.tensors.items()},
         {n: np.asarray(v, np.float64) for n, v in delta.extras.items()},
     )
+
+
+class Exchanged(NamedTuple):
+    """What a step sent: the sizes of its collectives, by their kind."""
+
+    averaged: list[int]
+    gathered: list[int]
+
+
+def exchanged(name: str, exchange: Any = "exact") -> list[Exchanged]:
+    """The collectives of every step of a run on a model without buffers."""
+    sent = Exchanged([], [])
+    reduce, gather = dist.all_reduce, dist.all_gather
+
+    def counted_reduce(tensor: torch.Tensor) -> None:
+        sent.averaged.append(tensor.numel())
+        reduce(tensor)
+
+    def counted_gather(found: list[torch.Tensor], tensor: torch.Tensor) -> None:
+        sent.gathered.append(tensor.numel())
+        gather(found, tensor)
+
+    model = Branching(torch.float32)
+    model.norm = torch.nn.Identity()  # type: ignore[assignment]
+    tuner = dk.SparseTuner(
+        model, method(name), lr=1e-2, extras="head.*", total_steps=STEPS, exchange=exchange
+    )
+    steps = []
+    dist.all_reduce, dist.all_gather = counted_reduce, counted_gather  # type: ignore[assignment]
+    try:
+        for _ in range(STEPS):
+            model(torch.randint(0, 12, (8, 2))).square().sum().backward()
+            tuner.step()
+            steps.append(Exchanged(list(sent.averaged), list(sent.gathered)))
+            sent.averaged.clear()
+            sent.gathered.clear()
+    finally:
+        dist.all_reduce, dist.all_gather = reduce, gather
+    return steps
+
+
+def taken_in_order(numbers: int, rounds: int) -> tuple[list[list[int]], list[int]]:
+    """The order in which gradients are let go, where each rank's come shuffled and some not at all.
+
+    Also the order in which this rank's came in the first round.
+    """
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    shuffled = random.Random(ranks.rank)
+    taken: list[int] = []
+    turns = InOrder(
+        ranks,
+        range(numbers),
+        lambda number, gradient: taken.append(number),
+        lambda number: torch.zeros(1),
+        torch.device("cpu"),
+    )
+    found, first = [], []
+    for _ in range(rounds):
+        came = shuffled.sample(range(numbers), numbers - 3)
+        first = first or came
+        for number in came:
+            turns.ready(number, torch.ones(1))
+        turns.finish()
+        found.append(list(taken))
+        taken.clear()
+    return found, first
+
+
+def trained_with_buffers() -> Trained:
+    """A run in which every rank's batches move the norm's statistics their own way."""
+    return train("random", momentum=0.5)
+
+
+def trained_on_all_candidates() -> list[Trained]:
+    """The same run by either exchange, where every entry is a candidate."""
+    averaging.SHARE = 1.0
+    return [train("id3 factored", exchange=exchange) for exchange in ("exact", "candidates")]
+
+
+def start_apart() -> list[str]:
+    """The errors of runs that start from other weights, another support and another head."""
+    told = []
+    for part, options in (("body", {}), ("head", {}), (None, {"seed": dist.get_rank()})):
+        model = Branching(torch.float32)
+        if part and dist.get_rank():
+            torch.nn.init.ones_(getattr(model, part).weight)
+        try:
+            chosen = dk.RandomMask(budget=20, **options)
+            dk.SparseTuner(model, chosen, lr=1e-2, extras="head.*")
+        except dk.DeltakitError as error:
+            told.append(str(error))
+    return told
+
+
+def laws() -> dict[str, Any]:
+    """All of the above, in one process per rank, so that starting them pays."""
+    return {
+        "order": taken_in_order(20, 3),
+        "fixed": exchanged("random"),
+        "exact": exchanged("id3"),
+        "candidates": exchanged("id3", "candidates"),
+        "buffers": trained_with_buffers(),
+        "apart": start_apart(),
+        "all candidates": trained_on_all_candidates(),
+    }
 
 
 def train_all(cases: list[tuple[str, dict[str, Any]]]) -> list[Trained]:

@@ -52,3 +52,62 @@ def test_float64_runs_equal_one_process(runs: list[tuple[Trained, ...]]) -> None
             np.testing.assert_allclose(joint.extras[extra], values, rtol=1e-6, atol=1e-9)
         compared += 1
     assert compared == 7
+
+
+@pytest.fixture(scope="module")
+def laws(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks found in the runs of `parallel_runs.laws`."""
+    folder = tmp_path_factory.mktemp("laws") / "meeting"
+    return together(2, folder, parallel_runs.laws)
+
+
+def test_gradients_go_on_in_one_order_however_they_come(laws: list[dict[str, Any]]) -> None:
+    (taken, first), (other, _) = (rank["order"] for rank in laws)
+    assert taken == other
+    assert all(sorted(numbers) == list(range(20)) for numbers in taken)
+    assert taken[0] == list(range(20))  # as was expected, before anything was seen
+    assert taken[1][:17] == first
+    assert taken[2] == taken[1]
+
+
+def test_a_step_on_a_fixed_support_exchanges_its_entries_and_extras_alone(
+    laws: list[dict[str, Any]],
+) -> None:
+    extras = 24 * 3 + 3
+    for step in laws[0]["fixed"]:
+        assert step.averaged == [60 + extras + 2 + 1]  # each extra's presence, and a wish to stop
+        assert step.gathered == []
+
+
+def test_candidates_are_a_small_part_of_what_exact_selection_exchanges(
+    laws: list[dict[str, Any]],
+) -> None:
+    exact, candidates = laws[0]["exact"], laws[0]["candidates"]
+    sizes = [12 * 10, 100, 10, 100, 10, 240, 24, 25, 5]  # of all targets but the extras
+    for step in exact[:4]:  # that select
+        assert sorted(step.averaged[:-1]) == sorted(sizes)
+    share = 2 * 60 / sum(sizes)
+    for step in candidates[:4]:
+        named = sum(step.gathered)
+        assert sum(sizes) * share <= named <= sum(sizes) * share + len(sizes)
+        assert sum(step.averaged[:-1]) <= 2 * named
+    assert all(len(step.averaged) == 1 for step in [*exact[4:], *candidates[4:]])
+
+
+def test_buffers_are_those_of_the_first_rank(laws: list[dict[str, Any]]) -> None:
+    first, second = (rank["buffers"] for rank in laws)
+    assert "norm.running_mean" in first.extras
+    assert first.file == second.file
+
+
+def test_candidates_of_all_entries_are_exact(laws: list[dict[str, Any]]) -> None:
+    exact, candidates = laws[0]["all candidates"]
+    assert exact.file == candidates.file
+
+
+def test_ranks_that_start_apart_are_told(laws: list[dict[str, Any]]) -> None:
+    expected = ["targets", "extras", "support"]
+    for rank in laws:
+        assert len(rank["apart"]) == len(expected)
+        for told, what in zip(rank["apart"], expected, strict=True):
+            assert told.startswith(f"rank 1 starts from other {what} than rank 0 (digest ")
