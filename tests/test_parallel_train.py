@@ -120,10 +120,10 @@ def test_a_killed_rank_costs_nothing_but_the_time_since_the_last_save(
 ) -> None:
     """Another run of two gives the same bits; one process can go on in the place of two."""
     run = tmp_path / "run"
-    process = start(*train_flags(still, colours, run, **SETTINGS))
+    process = start(*train_flags(still, colours, run, **{**SETTINGS, "save_steps": 1}))
     assert process.stderr is not None
     for line in process.stderr:
-        if re.search(r"step (5|6|7|8|9|10|11)/12", line):
+        if re.search(r"step [3-9]/12", line):
             kill_rank(1, process.pid)
             break
     process.communicate(timeout=300)

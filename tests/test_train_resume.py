@@ -66,8 +66,12 @@ def test_interrupted_run_resumes_to_the_same_bits(
         assert "setting lr was 0.05 when the run started and is 0.1 now" in result.stderr
         newest = max(broken.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
         shutil.rmtree(newest)
+        half = broken / "checkpoint-70"  # what a kill while it was saved left
+        half.mkdir()
+        (half / "optimizer.pt").write_bytes(b"half")
         result = deltakit("train", *again)
         assert result.exit_code == 0, result.output
+        assert not list(broken.glob("checkpoint-*"))
     finally:
         torch.set_num_threads(threads)
     for name in ("delta.sdelta", "best.sdelta", "budget-100.sdelta", "budget-200.sdelta"):

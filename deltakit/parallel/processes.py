@@ -39,10 +39,10 @@ def joined() -> Iterator[None]:
 
 
 def wait() -> None:
-    """Until all processes are here."""
-    if count() > 1:
-        import torch.distributed as dist
+    """Until all processes of the default group are here."""
+    import torch.distributed as dist
 
+    if dist.is_available() and dist.is_initialized():
         dist.barrier()
 
 

@@ -12,6 +12,7 @@ from deltakit.training.config import TrainConfig
 from deltakit.training.config_file import read_file, resolve
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+WHOLE = "whole"  # an empty file in a checkpoint that every process has finished writing
 HARMLESS = (
     "logging_steps",
     "save_steps",
@@ -92,7 +93,10 @@ class RunFolder:
         return self.path / "lr.png"
 
     def checkpoints(self) -> list[Path]:
-        """Folders to resume from, the newest last."""
+        """Folders to resume from, the newest last; one that a kill left half-written is none."""
+        return [path for path in self._begun_checkpoints() if (path / WHOLE).is_file()]
+
+    def _begun_checkpoints(self) -> list[Path]:
         found = [p for p in self.path.glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name)]
         return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
@@ -139,10 +143,10 @@ class RunFolder:
 
     def drop_checkpoints(self) -> None:
         """Remove what only resuming needs, once the run is finished."""
-        for path in self.checkpoints():
+        for path in self._begun_checkpoints():
             shutil.rmtree(path)
 
     def _results(self) -> list[Path]:
         budgets = sorted(self.path.glob("budget-*.sdelta"))
-        files = (self.metrics, self.delta, self.best, *budgets, *self.checkpoints())
+        files = (self.metrics, self.delta, self.best, *budgets, *self._begun_checkpoints())
         return [path for path in files if path.exists()]

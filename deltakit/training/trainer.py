@@ -14,11 +14,13 @@ from transformers import Trainer, TrainingArguments
 from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError, MissingFileError, TrainingError
 from deltakit.formats.sdelta import save
+from deltakit.parallel.processes import wait
 from deltakit.parallel.unwrapped import unwrapped
 from deltakit.selection.fixed import Unresolved
 from deltakit.selection.methods import Method
 from deltakit.training.calibration import TrainerCalibration
 from deltakit.training.callbacks import BudgetCheckpoints, StopOnSignal
+from deltakit.training.folder import WHOLE
 from deltakit.training.loss_scale import divides_by_count
 from deltakit.training.lr_auto import search_rate
 from deltakit.training.lr_search import LrSearch
@@ -209,6 +211,13 @@ class SparseTrainer(Trainer):
         folder = Path(output_dir or os.fspath(self.args.output_dir or "."))
         folder.mkdir(parents=True, exist_ok=True)
         save(self.delta(), folder / "delta.sdelta")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        wait()
+        if self.args.should_save:
+            folder = Path(os.fspath(self.args.output_dir or "."))
+            (folder / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
