@@ -256,7 +256,8 @@ ELSEWHERE = {  # public, and told by other tests, or not about deltas that are g
     *("RandomMask", "Repeat", "RowMask", "Static", "TensorDelta", "WeightPatch"),
     *("attach", "chain_position", "diff", "find_lr", "from_scipy", "from_torch", "guard", "revert"),
     *("state_digest", "pull", "push"),  # files as they are
-    *("SparseTrainer", "SparseTuner", "UserMask"),  # test_adapter_training
+    *("SparseTrainer", "SparseTuner", "UserMask", "train"),  # test_adapter_training
+    "evaluate",  # test_adapter_apply
 }
 
 
@@ -292,7 +293,7 @@ COMMAND_TABLE: dict[str, list[tuple[list[str], int, str]]] = {
     "diff": [(["base.safetensors", "a.sdelta", "-o", "d.sdelta"], 1, "a.sdelta")],
 }
 OTHER_COMMANDS = {
-    *("demo", "sweep", "lr-find", "revert"),  # take no deltas
+    *("demo", "sweep", "lr-find", "revert", "completion"),  # take no deltas
     *("pull", "push"),  # files as they are
     *("train", "evaluate"),  # test_adapter_training, test_adapter_apply
 }

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.run_record import read_log
+from deltakit.training import progress
 from deltakit.training.build import Plan, Subject, build_trainer
 from deltakit.training.config_file import resolve
 from deltakit.training.folder import RunFolder
@@ -93,6 +94,7 @@ def test_live_display_and_the_terminal_after_it(
     """Steps, entries and evaluations are shown; the cursor is back at the end, and nothing of the
     display is wider than the terminal."""
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(progress, "_REDRAW", 0.0)  # or steps that follow fast are left out
     trainer = _trainer(bert, colours, tmp_path / "run", eval_strategy="steps", eval_steps=6)
     with _terminal(monkeypatch, columns) as seen:
         with showing(trainer, "accuracy", quiet=False):

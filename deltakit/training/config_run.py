@@ -208,6 +208,6 @@ class RunSettings:
         (),
         many(choice(_trackers), ","),
         RUN,
-        "trackers of the Trainer to report to: tensorboard (into RUN/tensorboard), wandb, ...",
+        "trackers of the Trainer to report to: tensorboard (into RUN/tensorboard), wandb and others",
     )
     threads: int | None = setting(None, whole(1), RUN, "CPU threads")
