@@ -10,6 +10,7 @@ import click
 from deltakit.cli.command import Command
 from deltakit.cli.options import (
     Source,
+    check_output,
     force_option,
     json_option,
     note,
@@ -19,7 +20,6 @@ from deltakit.cli.options import (
 )
 from deltakit.cli.values import DELTA, PATH, Choice
 from deltakit.figures import check_figure
-from deltakit.formats.atomic import refuse_existing
 
 if TYPE_CHECKING:
     from deltakit.comparing.compare import Comparison, Pair
@@ -65,7 +65,7 @@ def command(
         raise click.UsageError("a comparison takes at least two deltas")
     for output in (plot, html):
         if output is not None:
-            refuse_existing(output, force)
+            check_output(output, deltas, force)
     if plot is not None:
         check_figure(plot)
     from deltakit.comparing.compare import compare

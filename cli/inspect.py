@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING
 import click
 
 from deltakit.cli.command import Command
-from deltakit.cli.options import Source, force_option, json_option, note, print_json
+from deltakit.cli.options import (
+    Source,
+    check_output,
+    force_option,
+    json_option,
+    note,
+    print_json,
+)
 from deltakit.cli.values import DELTA, PATH
-from deltakit.errors import OutputError
 from deltakit.figures import check_figure
-from deltakit.formats.atomic import refuse_existing
 
 if TYPE_CHECKING:
     from deltakit.inspection import Inspection
@@ -53,7 +58,7 @@ def command(
     """
     for output in (plot, html):
         if output is not None:
-            _check_output(output, delta, force)
+            check_output(output, [delta], force)
     if plot is not None:
         check_figure(plot)
     from deltakit.cli.inspect_report import report
@@ -72,12 +77,6 @@ def command(
         print_json(found.as_dict())
     else:
         click.echo("\n\n".join(report(found, tensors)))
-
-
-def _check_output(output: Path, delta: Source, force: bool) -> None:
-    if output.exists() and isinstance(delta, Path) and delta.exists() and output.samefile(delta):
-        raise OutputError(f"{output} is the delta to be inspected; give another output")
-    refuse_existing(output, force)
 
 
 def _drawn(

@@ -16,6 +16,8 @@ import click
 
 from deltakit.cli.terminal import marked
 from deltakit.cli.values import PATH, LocalPath
+from deltakit.errors import OutputError
+from deltakit.formats.atomic import refuse_existing
 
 F = TypeVar("F", bound=Callable[..., Any])
 _PATIENCE = 0.5  # seconds without a bar
@@ -65,6 +67,15 @@ mismatch_option = click.option(
 def output_option(what: str, required: bool = False, kind: LocalPath = PATH) -> Callable[[F], F]:
     """`-o/--output`, with `what` telling what is written and the name that it gets by default."""
     return click.option("-o", "--output", type=kind, required=required, help=what)
+
+
+def check_output(output: Path, inputs: Iterable[Source], force: bool) -> None:
+    """Raise OutputError for an output that is one of the inputs, or exists without --force."""
+    for given in inputs:
+        same = isinstance(given, Path) and given.exists() and output.exists()
+        if same and output.samefile(given):
+            raise OutputError(f"{output} is a delta to be read; give another output")
+    refuse_existing(output, force)
 
 
 def is_quiet() -> bool:

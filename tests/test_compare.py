@@ -267,3 +267,17 @@ def test_command_refuses_what_it_cannot_compare(files: list[str]) -> None:
     code, out, err = run("compare", files[0], "none.sdelta")
     assert (code, out) == (1, "")
     assert err == "Error: cannot read none.sdelta: No such file or directory\n"
+
+
+@pytest.mark.parametrize("option", ["--html", "--plot"])
+def test_an_output_never_replaces_a_delta(option: str, tmp_path: Path) -> None:
+    """Not even with --force, and under whatever name."""
+    deltas = [tmp_path / "a.svg", tmp_path / "b.sdelta"]
+    for path in deltas:
+        dk.save(SparseDelta(tensors={}), path)
+    before = deltas[0].read_bytes()
+    arguments = ["compare", *map(str, deltas), option, str(deltas[0]), "--force"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: {deltas[0]} is a delta to be read; give another output\n"
+    assert deltas[0].read_bytes() == before

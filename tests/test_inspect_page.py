@@ -144,7 +144,7 @@ def test_writing_the_page_loads_no_torch_and_no_matplotlib(tmp_path: Path) -> No
 def test_the_delta_itself_is_never_replaced(tmp_path: Path) -> None:
     path = str(inspected(SORTS["layers"], tmp_path).path)
     done = CliRunner().invoke(main, ["inspect", path, "--html", path, "--force"])
-    assert done.exit_code == 1 and "is the delta to be inspected" in done.stderr
+    assert done.exit_code == 1 and "is a delta to be read" in done.stderr
     assert inspect(path).entries == SORTS["layers"].nnz
 
 

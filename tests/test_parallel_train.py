@@ -185,3 +185,26 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatc
     assert share_of(12) == 4
     with pytest.raises(ConfigError, match="8 examples cannot be shared equally by 3 processes"):
         share_of(8)
+
+
+@pytest.mark.parametrize(
+    ("size", "line"),
+    [
+        ("many", "environment variable WORLD_SIZE: expected a whole number, found 'many'"),
+        ("2", "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT is not set; launch by torchrun"),
+    ],
+)
+def test_half_an_environment_of_a_launcher_is_told(
+    size: str,
+    line: str,
+    still: Path,
+    colours: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    result = deltakit("train", *train_flags(still, colours, tmp_path / "run", **SETTINGS))
+    assert (result.exit_code, result.stderr.startswith(f"Error: {line}")) == (1, True)
+    assert not (tmp_path / "run").exists()

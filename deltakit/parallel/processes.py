@@ -10,26 +10,33 @@ from deltakit.errors import ConfigError
 
 
 def count() -> int:
-    """How many processes were launched together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes were launched together; ConfigError where WORLD_SIZE is no number."""
+    return _number("WORLD_SIZE", 1)
 
 
 def is_first() -> bool:
     """Whether this is the process that writes and speaks: rank 0, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return _number("RANK", 0) == 0
 
 
 @contextmanager
 def joined() -> Iterator[None]:
     """Within it the processes launched together form torch.distributed's default group.
 
-    Of one process, nothing. A group that is there already stays when this is left.
+    Of one process, nothing. A group that is there already stays when this is left. Raises
+    ConfigError where the environment lacks what a launcher tells of the meeting point.
     """
     import torch.distributed as dist
 
     if count() == 1 or dist.is_initialized():
         yield
         return
+    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {count()}, but {', '.join(missing)} is not set; launch by torchrun or "
+            "accelerate, or unset WORLD_SIZE to train in one process"
+        )
     import torch
     from accelerate import PartialState
 
@@ -62,3 +69,10 @@ def share_of(batch_size: int) -> int:
             "processes; give a multiple"
         )
     return batch_size // count()
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise ConfigError(f"environment variable {name}: expected a whole number, found {value!r}")
+    return int(value)

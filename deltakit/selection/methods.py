@@ -88,8 +88,8 @@ class Selector:
         """Score a tensor's dense gradient [R, C]; weight: flat; bounds: least and largest |w|."""
 
     def magnitude(self, gradient: torch.Tensor) -> torch.Tensor:
-        """What decides which entries of a gradient [R, C] several processes exchange; flat."""
-        return gradient.reshape(-1).abs()
+        """What decides which entries of a gradient [R, C] several processes exchange; flat float32."""
+        return gradient.reshape(-1).abs().float()
 
     def choose(self, support: Support) -> Change:
         """What joins and leaves, now that every tensor was offered."""
