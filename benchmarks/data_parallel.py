@@ -76,18 +76,19 @@ def full_adamw(steps: int) -> Step:
 
 
 def sparse(method: Callable[[int], Any], **options: Any) -> Callable[[int], Step]:
-    def make(steps: int) -> Step:
-        net = model().eval()
-        tuner = dk.SparseTuner(net, method(steps), lr=1e-2, extras="classifier", **options)
+    return lambda steps: tuned(method(steps), **options)[1]
 
-        def step(inputs: Inputs) -> None:
-            net(**inputs).loss.backward()
-            tuner.step()
 
-        step.tuner = tuner  # type: ignore[attr-defined]
-        return step
+def tuned(method: Any, **options: Any) -> tuple[dk.SparseTuner, Step]:
+    """A tuner of a model of its own, and one step of both."""
+    net = model().eval()
+    tuner = dk.SparseTuner(net, method, lr=1e-2, extras="classifier", **options)
 
-    return make
+    def step(inputs: Inputs) -> None:
+        net(**inputs).loss.backward()
+        tuner.step()
+
+    return tuner, step
 
 
 def id3(steps: int) -> Any:
@@ -134,11 +135,10 @@ def cost(name: str, steps: int) -> dict[str, float]:
 
 def support(exchange: str, steps: int) -> dict[str, list[int]]:
     """The support after a run: checkpoint name -> flat indices."""
-    step = sparse(id3, exchange=exchange)(steps)
+    tuner, step = tuned(id3(steps), exchange=exchange)
     for inputs in batches(steps + 1):
         step(inputs)
-    delta = step.tuner.delta()  # type: ignore[attr-defined]
-    return {name: tensor.indices.tolist() for name, tensor in delta.tensors.items()}
+    return {name: tensor.indices.tolist() for name, tensor in tuner.delta().tensors.items()}
 
 
 def as_rank(what: str, argument: str, steps: int, folder: str, rank: int, size: int) -> None:

@@ -52,11 +52,13 @@ def finish(*arguments: str) -> str:
     return told
 
 
-def kill_rank(number: int, parent: int) -> None:
-    """SIGKILL to one of the processes that torchrun has started."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    of_rank = [c for c in children if f"RANK={number}" in environment(int(c))]
-    os.kill(int(of_rank[0]), signal.SIGKILL)
+def signal_second(process: subprocess.Popen[str], number: signal.Signals, once: str) -> None:
+    """Send a signal to rank 1 of a start once a line of its stderr matches."""
+    assert process.stderr is not None
+    assert any(re.search(once, line) for line in process.stderr)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = [child for child in children if "RANK=1" in environment(int(child))]
+    os.kill(int(second), number)
 
 
 def environment(process: int) -> list[str]:
@@ -121,11 +123,7 @@ def test_a_killed_rank_costs_nothing_but_the_time_since_the_last_save(
     """Another run of two gives the same bits; one process can go on in the place of two."""
     run = tmp_path / "run"
     process = start(*train_flags(still, colours, run, **{**SETTINGS, "save_steps": 1}))
-    assert process.stderr is not None
-    for line in process.stderr:
-        if re.search(r"step [3-9]/12", line):
-            kill_rank(1, process.pid)
-            break
+    signal_second(process, signal.SIGKILL, once=r"step [3-9]/12")
     process.communicate(timeout=300)
     assert process.returncode != 0
     assert not (run / "metrics.json").exists()
@@ -144,13 +142,7 @@ def test_a_signal_to_one_rank_stops_all_after_one_step(
 ) -> None:
     run = tmp_path / "run"
     process = start(*train_flags(still, colours, run, **{**SETTINGS, "max_steps": 4000}))
-    assert process.stderr is not None
-    for line in process.stderr:
-        if re.search(r"step \d+/4000", line):
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            (first,) = [c for c in children if "RANK=1" in environment(int(c))]
-            os.kill(int(first), signal.SIGTERM)
-            break
+    signal_second(process, signal.SIGTERM, once=r"step \d+/4000")
     _, rest = process.communicate(timeout=300)
     step = re.search(r"Interrupted and saved at step (\d+); deltakit train", rest)
     assert step is not None, rest
