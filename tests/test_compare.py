@@ -256,7 +256,7 @@ def test_command_draws_both_matrices(files: list[str]) -> None:
     found = dk.compare(files)
     assert found.matrix(lambda p: p.jaccard, 1.0).tolist() == [[1, 0.6, 0], [0.6, 1, 0], [0, 0, 1]]
     code, _, err = run("compare", *files, "--plot", files[0])
-    assert (code, err[:24]) == (1, "Error: a.sdelta exists; ")
+    assert (code, err) == (1, "Error: a.sdelta is a delta to be read; give another output\n")
     conflicts = found.matrix(lambda p: p.conflict_share, 0.0)
     assert np.isnan(conflicts[0, 2])
     assert conflicts[1, 0] == conflicts[0, 1] == pytest.approx(2 / 3)
