@@ -45,7 +45,7 @@ def tap(
     weight = layer._parameters["weight"]
     assert weight is not None
     indices, carrier = entries
-    at, bias_carrier = bias or (indices[:0], None)
+    at, bias_carrier = bias or (indices.new_empty(0), None)  # a view would keep all indices
     chosen: dict[str, Any] = {"native": _linear, "tap": SampledTap}
     chosen |= {"carrier": carrier, "bias_carrier": bias_carrier}
     if type(layer) is torch.nn.Embedding:
