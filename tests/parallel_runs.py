@@ -111,6 +111,11 @@ def train(
         tuner.step()
     delta = tuner.delta()
     tuner.close()
+    return trained(delta)
+
+
+def trained(delta: dk.SparseDelta) -> Trained:
+    """The delta of a run, told in plain arrays."""
     with tempfile.TemporaryDirectory() as folder:
         dk.save(delta, path := Path(folder) / "delta.sdelta")
         file = path.read_bytes()

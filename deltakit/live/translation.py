@@ -17,6 +17,7 @@ from deltakit.dtypes import Array
 from deltakit.errors import CoordinateError, DeltaError, nearest
 from deltakit.live.arrays import to_numpy
 from deltakit.live.coordinates import Coordinates
+from deltakit.parallel.shards import picked
 
 
 def to_model(
@@ -120,8 +121,7 @@ def read_stored(
 
 
 def _gather(tensor: torch.Tensor, positions: Array) -> Array:
-    flat = tensor.data.view(-1)
-    return to_numpy(flat[torch.from_numpy(positions).to(flat.device)])
+    return to_numpy(picked(tensor, torch.from_numpy(positions)))
 
 
 def _check_shape(tensor: TensorDelta, shape: tuple[int, ...]) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from deltakit.errors import TrainingError
 from deltakit.parallel.ranks import Ranks
-from deltakit.training.entries import Entries
+from deltakit.selection.methods import Chosen
+from deltakit.training.entries import Entries, Target
 from deltakit.training.extra import Extra
 
 _SAMPLES = 1024  # weights per tensor that are compared
@@ -18,7 +19,25 @@ _SAMPLES = 1024  # weights per tensor that are compared
 
 def check_agreement(ranks: Ranks, entries: Entries, extras: Sequence[Extra]) -> None:
     """Raise TrainingError on every rank where one starts from something else than rank 0."""
-    own = {"targets": _targets(entries), "support": _support(entries), "extras": _extras(extras)}
+    support = [target.indices for target in entries.targets]
+    _compare(
+        ranks,
+        {"targets": _targets(entries), "support": _support(support), "extras": _extras(extras)},
+    )
+
+
+def check_split_agreement(
+    ranks: Ranks, budget: int, targets: Sequence[Target], support: Sequence[Chosen]
+) -> None:
+    """The same where each rank holds a part of the model only: of targets and what was chosen."""
+    told = hashlib.sha256(f"{budget}".encode())
+    for target in targets:
+        told.update(_shape(target))
+    chosen = [torch.from_numpy(each.indices) for each in support]
+    _compare(ranks, {"targets": told.hexdigest()[:16], "support": _support(chosen)})
+
+
+def _compare(ranks: Ranks, own: dict[str, str]) -> None:
     first, *others = (json.loads(told) for told in ranks.gathered_texts(json.dumps(own)))
     for rank, other in enumerate(others, 1):
         for what, digest in other.items():
@@ -30,19 +49,23 @@ def check_agreement(ranks: Ranks, entries: Entries, extras: Sequence[Extra]) -> 
 
 
 def _targets(entries: Entries) -> str:
-    told = hashlib.sha256(f"{len(entries.values)}".encode())
+    told = hashlib.sha256(f"{entries.budget}".encode())
     for target in entries.targets:
-        told.update(f"{target.name} {target.shape} {target.parameter.dtype}".encode())
+        told.update(_shape(target))
         stride = max(1, target.numel // _SAMPLES)
         places = torch.arange(0, target.numel, stride, device=target.parameter.device)
         told.update(_bits(target.read(places)))
     return told.hexdigest()[:16]
 
 
-def _support(entries: Entries) -> str:
+def _shape(target: Target) -> bytes:
+    return f"{target.name} {target.shape} {target.parameter.dtype}".encode()
+
+
+def _support(indices: Sequence[torch.Tensor]) -> str:
     told = hashlib.sha256()
-    for target in entries.targets:
-        told.update(_bits(target.indices))
+    for each in indices:
+        told.update(_bits(each))
     return told.hexdigest()[:16]
 
 

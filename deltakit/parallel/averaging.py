@@ -53,7 +53,7 @@ class Averaging:
         self._entries, self._extras = entries, list(extras)
         self._offer, self._magnitude = offer, magnitude
         self._exact = exchange == "exact"
-        density = len(entries.values) / sum(target.numel for target in entries.targets)
+        density = entries.budget / sum(target.numel for target in entries.targets)
         self._share = max(SHARE, 2 * density)
         self._turns = InOrder(ranks, order, self._take, self._zeros, entries.base.device)
 

@@ -31,6 +31,15 @@ class Ranks:
         dist.all_reduce(tensor)
         tensor.div_(self.size)
 
+    def add(self, tensor: torch.Tensor) -> None:
+        """Replace the tensor by its sum over ranks, with the same bits on all of them."""
+        dist.all_reduce(tensor)
+
+    def before(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the tensors of all ranks before this one."""
+        earlier = self.gathered(tensor)[: self.rank]
+        return torch.stack(earlier).sum(0) if earlier else torch.zeros_like(tensor)
+
     def from_first(self, tensor: torch.Tensor) -> None:
         """Replace the tensor by rank 0's."""
         dist.broadcast(tensor, src=0)

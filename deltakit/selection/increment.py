@@ -9,11 +9,13 @@ import torch
 
 from deltakit.dtypes import Array
 from deltakit.errors import BudgetError
+from deltakit.parallel.ranks import Ranks
 from deltakit.selection.allocation import Allocation, allocate, parse_allocation
 from deltakit.selection.heuristics import Heuristic, Measure, resolve_heuristic
 from deltakit.selection.methods import (
     METHODS,
     Change,
+    Part,
     Scene,
     Selector,
     Start,
@@ -98,6 +100,9 @@ class Following(Selector):
     ) -> None:
         self._owners, self._indices = owners, indices
         self._plan, self._every = plan, every
+
+    def split(self, ranks: Ranks, parts: Sequence[Part]) -> None:
+        """Nothing changes: the ranking is that of whole tensors, and the same on all processes."""
 
     def ahead(self, step: int, support: Support) -> Change | None:
         """The entries whose turn it is."""

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from deltakit.dtypes import Array
-from deltakit.errors import BudgetError
+from deltakit.errors import BudgetError, ConfigError
+from deltakit.parallel.ranks import Ranks
 from deltakit.registry import Registry
 from deltakit.selection.scene import Candidate, Scene
 
@@ -56,6 +57,17 @@ class Support(Protocol):
         """Flat indices that must not be chosen, int64, sorted; those taken may be."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The part of a tensor that this process chooses from, where several share it by rows.
+
+    numel: its elements. is_row: whether the whole tensor is a single row (a vector).
+    """
+
+    numel: int
+    is_row: bool
+
+
 class Selector:
     """Chooses entries while training runs; by default it never does.
 
@@ -69,6 +81,16 @@ class Selector:
 
     competes = False
     restores = True
+
+    def split(self, ranks: Ranks, parts: Sequence[Part]) -> None:
+        """Choose together with other processes, each from its own part of every tensor.
+
+        What is offered and chosen is then of those parts. Raises ConfigError where that cannot be.
+        """
+        raise ConfigError(
+            "this method moves entries between processes and does not train sharded models; use "
+            "ID3, increment, static or a mask, or data-parallel training without fully_shard"
+        )
 
     def scores_step(self, step: int) -> bool:
         """Whether the gradients of this step are scored."""
@@ -145,6 +167,7 @@ __all__ = [
     "Chosen",
     "Joining",
     "Method",
+    "Part",
     "Scene",
     "Selector",
     "Start",

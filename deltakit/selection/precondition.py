@@ -7,6 +7,8 @@ same. Divided by the factored root mean square they spread, as Adam's own update
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from deltakit.errors import ConfigError
@@ -33,6 +35,36 @@ def factored_rms(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _reciprocal(rms), torch.ones(1, 1, device=gradient.device)
     rows, columns = _mean_square(gradient, 1), _mean_square(gradient, 0)
     return _reciprocal((rows / rows.mean()).sqrt()), _reciprocal(columns.sqrt())
+
+
+def factored_rms_of_part(
+    part: torch.Tensor, total: Callable[[torch.Tensor], None], *, is_row: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`factored_rms` of a gradient of which this process holds the rows `part`, [r, C].
+
+    The factors of these rows, and of all columns. total: adds to sums those of the other processes.
+    is_row: the whole gradient is one row, and `part` some of its elements, [1, c].
+    """
+    if is_row:
+        sums = torch.stack([_squares(part, (0, 1)).view(()), _count(part, part.numel())])
+        total(sums)
+        return _reciprocal((sums[:1, None] / sums[1]).sqrt().float()), part.new_ones(1, 1).float()
+    rows, columns = _squares(part, 1) / part.shape[1], _squares(part, 0)[0]
+    sums = torch.cat([columns, rows.sum().view(1), _count(part, len(part)).view(1)])
+    total(sums)
+    columns, mean = sums[:-2] / sums[-1], sums[-2] / sums[-1]
+    return _reciprocal((rows / mean).sqrt().float()), _reciprocal(columns.sqrt().float())[None]
+
+
+def _squares(gradient: torch.Tensor, dim: int | tuple[int, int]) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(
+        gradient, dim=dim, keepdim=True, dtype=torch.float64
+    )
+    return norm.square()
+
+
+def _count(like: torch.Tensor, number: int) -> torch.Tensor:
+    return torch.tensor(float(number), dtype=torch.float64, device=like.device)
 
 
 def _mean_square(gradient: torch.Tensor, dim: int) -> torch.Tensor:

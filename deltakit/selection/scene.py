@@ -73,7 +73,8 @@ class Scene:
 
     targets: in tensor order. taken: entries in training already. total_steps: optimizer steps of
     the run, if known. marks: budget checkpoints. extras: parameters trained densely (heads).
-    model, calibration: for methods that need passes over the data (`calibrated`).
+    model, calibration: for methods that need passes over the data (`calibrated`). is_split: whether
+    several processes hold parts of every tensor.
     """
 
     targets: Sequence[Candidate]
@@ -83,6 +84,7 @@ class Scene:
     extras: Sequence[torch.nn.Parameter] = ()
     model: torch.nn.Module | None = None
     calibration: Calibration | None = None
+    is_split: bool = False
 
     def free(self) -> list[int]:
         """Entries per target that can still be chosen."""
@@ -99,7 +101,13 @@ class Scene:
         return left
 
     def calibrated(self, who: str) -> tuple[torch.nn.Module, Calibration]:
-        """Model and calibration; ConfigError naming the method where there are none."""
+        """Model and calibration; ConfigError naming the method where there are none, and for models
+        of which each process holds a part."""
+        if self.is_split:
+            raise ConfigError(
+                f"{who} looks at gradients before it chooses, which it cannot of a sharded model; "
+                "choose in a run without fully_shard and train that support here (mask), or use ID3"
+            )
         if self.model is None or self.calibration is None:
             raise ConfigError(
                 f"{who} looks at training data before it chooses: pass calibration= "

@@ -48,12 +48,15 @@ class TopK:
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(tensor [m], index [m], gradient [m]) of the best m <= k entries, in tie order."""
+        return self.scored()[1:]
+
+    def scored(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same with their scores [m] in front."""
         if not self._parts:
             empty = torch.zeros(0, dtype=torch.int64)
-            return empty, empty, torch.zeros(0)
+            return torch.zeros(0), empty, empty, torch.zeros(0)
         self._cut()
-        _, owners, indices, gradients = self._parts[0]
-        return owners, indices, gradients
+        return self._parts[0]
 
     def _cut(self) -> None:
         columns = [torch.cat(part) for part in zip(*self._parts, strict=True)]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from deltakit.dtypes import Array
+from deltakit.parallel.ranks import Ranks
 from deltakit.selection.heuristics import StepScore
-from deltakit.selection.methods import Change, Support
+from deltakit.selection.methods import Change, Part, Support
 from deltakit.selection.pools import Pools, PoolSelector
 
 
@@ -35,6 +36,10 @@ class Unmasking(PoolSelector):
         self._every = every
         self._seats = seats
         self._tensors = len(numels)
+
+    def split(self, ranks: Ranks, parts: Sequence[Part]) -> None:
+        """Choose the best entries of all processes' parts."""
+        self._pools.split(ranks, parts)
 
     def scores_step(self, step: int) -> bool:
         """Every n-th step, until the plan is done."""

@@ -45,6 +45,7 @@ class AnyOptimizer(EntryOptimizer):
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.engine = engine
+        engine.entries.reserve(engine.entries.budget)  # its state does not grow
         groups = parameter_groups(engine, lr, extras_lr, weight_decay)
         self.inner = _make(factory, groups, lr, dict(options or {}))
         if weight_decay and "weight_decay" not in self.inner.defaults:

@@ -12,16 +12,23 @@ from deltakit.dtypes import Array, dtype
 from deltakit.live.arrays import dtype_name, to_numpy
 from deltakit.live.coordinates import Coordinates
 from deltakit.live.translation import to_checkpoint
+from deltakit.parallel.shards import Shards
 from deltakit.quantized.stand_in import StandIn
 from deltakit.training.entries import Entries, Target
 
 
 def collect(
-    entries: Entries, where: Coordinates, *, ordered: bool, frozen: bool
+    entries: Entries,
+    where: Coordinates,
+    *,
+    ordered: bool,
+    frozen: bool,
+    shards: Shards | None = None,
 ) -> tuple[dict[str, TensorDelta], dict[str, Array]]:
     """The tensors of a delta by name in the checkpoint, and the base's values at their indices.
 
-    A quantised tensor counts as trained in the dtype of the full-precision checkpoint, and its
+    shards: the processes of which each has entries of its own; all get the entries of all, without
+    the model being put together anywhere. A quantised tensor counts as trained in the dtype of the full-precision checkpoint, and its
     base values are left out, since no code tells them.
     ordered: whether orders are recorded. frozen: entries were zeroed rather than trained, so they
     are in `set` mode.
@@ -30,9 +37,14 @@ def collect(
     tensors: dict[str, TensorDelta] = {}
     base: dict[str, Array] = {}
     for target in entries.targets:
-        if len(target.indices) or target.resting:
+        indices, values, before, order = _sorted(target, entries, orders)
+        seed = target.seed
+        if shards is not None:
+            indices, values, before, order, seed = _joined(
+                shards, target, indices, values, before, order
+            )
+        if len(indices):
             on_disk = where.dtypes.get(target.name)
-            indices, values, before, order = _sorted(target, entries, orders)
             live = dtype_name(target.parameter)
             if isinstance(target.parameter, StandIn):
                 live = on_disk or live
@@ -50,7 +62,7 @@ def collect(
                     values=values.numpy(),
                     order=order,
                     trained_dtype=live,
-                    seed=target.seed,
+                    seed=seed,
                 )
     return to_checkpoint(tensors, where), _base_in_checkpoint(entries.targets, tensors, base, where)
 
@@ -76,6 +88,25 @@ def _base_in_checkpoint(
     }
     moved = {n: t.values.view(t.kind.numpy) for n, t in to_checkpoint(bits, where).items()}
     return {name: values for name, values in base.items() if name not in bits} | moved
+
+
+def _joined(
+    shards: Shards,
+    target: Target,
+    indices: Array,
+    values: torch.Tensor,
+    base: torch.Tensor,
+    order: Array | None,
+) -> tuple[Array, torch.Tensor, torch.Tensor, Array | None, int | None]:
+    """The entries of all processes, whose parts of a tensor follow one another, and the seed."""
+    device = target.parameter.device
+    seeded = torch.tensor([target.seed is not None], device=device)
+    arrays = [torch.from_numpy(indices) + target.start, values, base, seeded]
+    arrays += [] if order is None else [torch.from_numpy(order)]
+    found = [joined.cpu() for joined in shards.joined([array.to(device) for array in arrays])]
+    orders = None if order is None else found[4].numpy()
+    seed = target.seed if found[3].all() else None
+    return found[0].numpy(), found[1], found[2], orders, seed
 
 
 def _sorted(

@@ -18,6 +18,8 @@ from deltakit.gradient_hooks import after_accumulation
 from deltakit.parallel.averaging import Averaging, Exchange
 from deltakit.parallel.in_order import backward_order
 from deltakit.parallel.ranks import Ranks
+from deltakit.parallel.sharded_averaging import ShardedAveraging
+from deltakit.parallel.shards import Shards
 from deltakit.selection.methods import Change, Selector
 from deltakit.training.clipping import clip_to
 from deltakit.training.entries import Entries, Target
@@ -25,6 +27,7 @@ from deltakit.training.entries_state import restore_state, state_of
 from deltakit.training.extra import Extra
 from deltakit.training.fixed_support import FixedSupport
 from deltakit.training.gradient_path import GradientPath
+from deltakit.training.shard_target import part_of
 
 
 class Engine:
@@ -38,7 +41,8 @@ class Engine:
     over all of them, so a step that selects keeps dense gradients until the last pass; a step on
     a fixed support frees every one at once.
     ranks: the processes that train together, whose gradients are averaged; exchange: how those of
-    a selection are (see `Averaging`).
+    a selection are (see `Averaging`). shards: how they share the model's tensors, and with them
+    entries and extras.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Engine:
         max_grad_norm: float | None = None,
         ranks: Ranks | None = None,
         exchange: Exchange = "exact",
+        shards: Shards | None = None,
     ) -> None:
         self.entries = entries
         self.buffers = dict(buffers or {})
@@ -78,7 +83,10 @@ class Engine:
         for target in entries.targets:
             target.parameter.requires_grad_()  # torch refuses hooks on frozen tensors
         self._hooks = [after_accumulation(t.parameter, self._hook(t)) for t in entries.targets]
-        self.averaging = None if ranks is None else self._averaging(ranks, exchange)
+        self._sharded = None if shards is None else self._share(shards)
+        self.averaging: Averaging | ShardedAveraging | None = self._sharded
+        if ranks is not None:
+            self.averaging = self._averaging(ranks, exchange)
         self._change_ahead()
         self._freeze_untrained()
 
@@ -93,6 +101,11 @@ class Engine:
     def selecting(self) -> bool:
         """Whether the current step's gradients are scored, to change the support."""
         return self.selector is not None and self.selector.scores_step(self.step)
+
+    @property
+    def unmasked(self) -> int:
+        """Entries in training so far, of all processes."""
+        return self._sharded.total if self._sharded else self.entries.count
 
     def finish_gradients(self) -> float:
         """Take in what backward left, select, clip; returns the norm before clipping.
@@ -209,10 +222,8 @@ class Engine:
         return receive
 
     def _consume(self, target: Target) -> None:
-        gradient = target.parameter.grad
-        assert gradient is not None
-        target.parameter.grad = None
-        flat = gradient.reshape(-1)
+        flat = target.take_gradient()
+        assert flat is not None
         self.entries.accumulate(target, flat)
         if not self.selecting:
             return
@@ -235,9 +246,9 @@ class Engine:
         for indices in (target.forbidden, *taken):
             if len(indices):
                 flat.index_fill_(0, indices, 0)
-        matrix = flat.view(target.shape[0] if len(target.shape) > 1 else 1, -1)
+        matrix, weights = target.matrix(flat), target.held_weights()
         bounds = self._bounds[target.number]
-        self.selector.offer(target.number, matrix, target.weights(), bounds, target.live_name)
+        self.selector.offer(target.number, matrix, weights, bounds, target.live_name)
 
     def _averaging(self, ranks: Ranks, exchange: Exchange) -> Averaging:
         return Averaging(
@@ -249,6 +260,11 @@ class Engine:
             magnitude=self.selector.magnitude if self.selector else torch.abs,
             order=backward_order(self.model, self.entries.targets),
         )
+
+    def _share(self, shards: Shards) -> ShardedAveraging:
+        if self.selector:
+            self.selector.split(shards.ranks, [part_of(t) for t in self.entries.targets])
+        return ShardedAveraging(shards, self.entries, self._offer)
 
     def _begin(self) -> None:
         if not self._began:
@@ -262,31 +278,47 @@ class Engine:
         """Let the selector change the support before the step; whether it did."""
         change = self.selector.ahead(self.step, self) if self.selector else None
         if change is not None:
-            self._exchange(change)
+            self._exchange(self._held(change))
         return change is not None
+
+    def _held(self, change: Change) -> Change:
+        """The part of a change, told in whole tensors, that concerns the weights held here."""
+        joining = []
+        for number, indices, gradients in change.joining:
+            here, mine = self.entries.targets[number].held(indices)
+            joining.append((number, here, gradients[mine]))
+        assert not change.leaving, "none leaves by a choice made without gradients"
+        return Change(joining=joining)
 
     def _exchange(self, change: Change) -> None:
         assert self.selector is not None
         slots = self.entries.exchange(change, self.step, restore=self.selector.restores)
+        if self._sharded:
+            self._sharded.count()
         self.renewed = torch.cat([self.renewed, slots])
 
     def _clip(self) -> float:
         gradients = [self.entries.gradient]
-        gradients += [e.parameter.grad for e in self.extras if e.parameter.grad is not None]
-        return clip_to(self.max_grad_norm, gradients, self.step)
+        gradients += [g for e in self.extras if (g := e.held_gradient) is not None]
+        total = self._sharded.ranks.add if self._sharded else None
+        return clip_to(self.max_grad_norm, gradients, self.step, total)
 
     def _freeze_untrained(self) -> None:
         """Once the support is fixed, only its entries' gradients are computed.
 
         Tensors without entries need none at all.
         """
+        if self._sharded:
+            self._sharded.count()
         for target in self.entries.targets:
-            trained = len(target.indices) > 0 and not self.frozen
-            target.parameter.requires_grad_(self.selecting or trained)
+            some = self._sharded.trained(target) if self._sharded else len(target.indices) > 0
+            target.parameter.requires_grad_(self.selecting or (some and not self.frozen))
         if self.frozen and not self.extras:  # backward needs something to reach
             smallest = min(self.entries.targets, key=lambda target: target.numel)
             smallest.parameter.requires_grad_()
         if self._fixed:
             self._fixed.close()
         settled = not self.selecting and not self.frozen
-        self._fixed = FixedSupport(self.model, self.entries) if self.model and settled else None
+        self._fixed = None
+        if self.model and settled:
+            self._fixed = FixedSupport(self.model, self.entries, sharded=self._sharded)

@@ -23,7 +23,8 @@ class Target:
 
     name: in checkpoint coordinates. live_name: of the parameter. indices, slots: int64 [n], in
     order of unmasking; entry `indices[i]` of the tensor is entry `slots[i]` of the compact arrays.
-    forbidden: int64, flat indices that must not be chosen.
+    forbidden: int64, flat indices that must not be chosen. start: where in the tensor, flat, the
+    weights held by this process begin; indices count from there.
     """
 
     number: int
@@ -35,10 +36,11 @@ class Target:
     forbidden: torch.Tensor = field(default_factory=_no_positions)
     seed: int | None = None
     resting: Resting | None = None
+    start: int = 0
 
     @property
     def flat(self) -> torch.Tensor:
-        """The live weights as a flat view that shares their memory."""
+        """The live weights that this process holds, as a flat view that shares their memory."""
         return self.parameter.data.view(-1)
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
@@ -57,10 +59,30 @@ class Target:
         """The live weights, flat, to be read only."""
         return self.flat
 
+    def held_weights(self) -> torch.Tensor:
+        """Those that this process holds, flat, to be read only."""
+        return self.weights()
+
+    def take_gradient(self) -> torch.Tensor | None:
+        """The dense gradient of the weights held here, flat, which the parameter then lacks."""
+        gradient, self.parameter.grad = self.parameter.grad, None
+        return None if gradient is None else gradient.reshape(-1)
+
+    def held(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of flat indices [n] of the whole tensor those of weights held here, counted from the
+        first of these, and which they were, bool [n]."""
+        return indices, torch.ones(len(indices), dtype=torch.bool)
+
+    def matrix(self, flat: torch.Tensor) -> torch.Tensor:
+        """What belongs to the weights held here, [numel], as rows; a vector is one row."""
+        return flat.view(self.shape[0] if len(self.shape) > 1 else 1, -1)
+
     def bounds(self) -> tuple[float, float]:
-        """Least and largest |w| of the live weights."""
+        """Least and largest |w| of the live weights held here."""
         least, largest = float("inf"), 0.0
-        for part in torch.split(self.weights(), 2**24):
+        for part in torch.split(self.held_weights(), 2**24):
+            if not len(part):
+                continue
             size = part.abs()
             least, largest = min(least, size.min().item()), max(largest, size.max().item())
         return least, largest
@@ -85,27 +107,30 @@ class Target:
 
 
 class Entries:
-    """All entries of a run in flat arrays of `budget` places, filled in order of unmasking.
+    """All entries of a run in flat arrays of places, filled in order of unmasking.
 
-    values: Parameter [budget], float32 (float64 for float64 models): the delta, with its gradient
-    accumulated in `values.grad`. base: the base's bits as numbers of the same dtype, [budget].
-    order: int32 [budget], the step at which each entry was unmasked. Only the first `count`
+    values: Parameter [places], float32 (float64 for float64 models): the delta, with its gradient
+    accumulated in `values.grad`. base: the base's bits as numbers of the same dtype, [places].
+    order: int32 [places], the step at which each entry was unmasked. Only the first `count`
     places are in use; the others stay zero.
+    places: `budget` by default. Where processes share the budget, each begins with fewer and
+    `reserve` makes room.
     """
 
-    def __init__(self, targets: list[Target], budget: int) -> None:
-        self.targets = targets
+    def __init__(self, targets: list[Target], budget: int, places: int | None = None) -> None:
+        self.targets, self.budget = targets, budget
         wide = {t.parameter.dtype == torch.float64 for t in targets}
         if len(wide) != 1:
             raise TrainingError("float64 and narrower tensors cannot be trained in one run")
         device = targets[0].parameter.device
         dtype = torch.float64 if wide.pop() else torch.float32
         self.count = 0
-        self._initial_order = np.zeros(0, np.int64)
-        self.values = torch.nn.Parameter(torch.zeros(budget, dtype=dtype, device=device))
+        self._initial_order, self._initial_steps = np.zeros(0, np.int64), 0
+        places = budget if places is None else places
+        self.values = torch.nn.Parameter(torch.zeros(places, dtype=dtype, device=device))
         self.values.grad = torch.zeros_like(self.values)
-        self.base = torch.zeros(budget, dtype=dtype, device=device)
-        self.order = torch.zeros(budget, dtype=torch.int32, device=device)
+        self.base = torch.zeros(places, dtype=dtype, device=device)
+        self.order = torch.zeros(places, dtype=torch.int32, device=device)
         for target in targets:
             target.indices = target.indices.to(target.parameter.device)
             target.slots = target.slots.to(device)
@@ -113,10 +138,24 @@ class Entries:
 
     @property
     def gradient(self) -> torch.Tensor:
-        """The accumulated gradient of all places, [budget]."""
+        """The accumulated gradient of all places, [places]."""
         if self.values.grad is None:  # an optimizer's zero_grad(set_to_none=True)
             self.values.grad = torch.zeros_like(self.values)
         return self.values.grad
+
+    @torch.no_grad()
+    def reserve(self, needed: int) -> None:
+        """Make room for so many entries, and some to spare so that it is not made too often."""
+        missing = needed - len(self.base)
+        if missing <= 0:
+            return
+        more = max(missing, min(len(self.base) // 8, self.budget - len(self.base)))
+        gradient = torch.cat([self.gradient, self.gradient.new_zeros(more)])
+        self.values.grad = None
+        self.values.data = torch.cat([self.values.data, self.base.new_zeros(more)])
+        self.values.grad = gradient
+        self.base = torch.cat([self.base, self.base.new_zeros(more)])
+        self.order = torch.cat([self.order, self.order.new_zeros(more)])
 
     @torch.no_grad()
     def add(
@@ -128,6 +167,7 @@ class Entries:
         values: torch.Tensor | None = None,
     ) -> None:
         """Take entries of one tensor into training: flat indices [n], none of them taken yet."""
+        self.reserve(self.count + len(indices))
         slots = torch.arange(self.count, self.count + len(indices), device=self.base.device)
         self._place(target, indices, slots, step, gradient, values)
         self.count += len(indices)
@@ -143,6 +183,7 @@ class Entries:
         renewed = torch.cat(freed) if freed else _no_positions().to(self.base.device)
         fresh = sum(len(indices) for _, indices, _ in change.joining) - len(renewed)
         assert fresh >= 0, "a support never shrinks"
+        self.reserve(self.count + fresh)
         unused = torch.arange(self.count, self.count + fresh, device=self.base.device)
         slots, start = torch.cat([renewed, unused]), 0
         for number, indices, gradient in change.joining:
@@ -189,22 +230,16 @@ class Entries:
         self.gradient[slots] = 0
         return slots
 
-    def remember_initial(self, orders: list[Array | None]) -> None:
-        """Keep the recorded orders of all entries so far, which an earlier run unmasked.
-
-        An earlier delta without orders counts as unmasked at step 0.
-        """
-        known = not any(order is None for order in orders)
-        parts = [order for order in orders if order is not None] if known else []
-        self._initial_order = np.concatenate(parts) if parts else np.zeros(self.count, np.int64)
+    def remember_initial(self, orders: list[Array], steps: int) -> None:
+        """Keep the recorded orders of all entries so far, which an earlier run of `steps` unmasked."""
+        self._initial_order = np.concatenate([np.zeros(0, np.int64), *orders])
+        self._initial_steps = steps
 
     def recorded_order(self) -> Array:
         """The order to record per place, int64 [count]: earlier runs first, then this one's steps."""
         order = self.order[: self.count].cpu().numpy().astype(np.int64)
-        earlier = len(self._initial_order)
-        if earlier:
-            order += int(self._initial_order.max()) + 1
-            order[:earlier] = self._initial_order
+        order += self._initial_steps
+        order[: len(self._initial_order)] = self._initial_order
         return order
 
     def accumulate(self, target: Target, gradient: torch.Tensor) -> None:

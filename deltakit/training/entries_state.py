@@ -31,10 +31,11 @@ def restore_state(entries: Entries, state: dict[str, Any]) -> None:
     """
     if set(state["targets"]) != {t.name for t in entries.targets}:
         raise TrainingError("the saved state trains other tensors than this run")
-    if len(state["values"]) > len(entries.values):
+    if len(state["values"]) > entries.budget:
         raise TrainingError("the saved state holds more entries than this run's budget")
     entries.restore()
     entries.count = len(state["values"])
+    entries.reserve(entries.count)
     for name in ("values", "base", "order"):
         place = getattr(entries, name).data
         place.zero_()

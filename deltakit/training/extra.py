@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from deltakit.parallel.shards import held_here, is_split
+
 
 @dataclass(eq=False)
 class Extra:
@@ -17,9 +19,14 @@ class Extra:
     updates: int = 0
 
     @property
+    def held_gradient(self) -> torch.Tensor | None:
+        """The gradient of what this process holds, sharing its memory, or None."""
+        return self.parameter.grad
+
+    @property
     def gradient(self) -> torch.Tensor | None:
         """The gradient in the master's dtype, or None."""
-        grad = self.parameter.grad
+        grad = self.held_gradient
         return None if grad is None else grad.to(self.master.dtype)
 
     @torch.no_grad()
@@ -29,8 +36,28 @@ class Extra:
             self.parameter.copy_(self.master)
 
 
+@dataclass(eq=False)
+class ShardExtra(Extra):
+    """A tensor that FSDP2 has split; the master holds the rows that are here."""
+
+    @property
+    def held_gradient(self) -> torch.Tensor | None:
+        """The gradient of the rows held here, or None."""
+        grad = self.parameter.grad
+        return None if grad is None else held_here(grad)
+
+    @torch.no_grad()
+    def write_through(self) -> None:
+        """Round the master into the rows held here."""
+        held_here(self.parameter).copy_(self.master)
+
+
 def make_extra(name: str, parameter: torch.nn.Parameter) -> Extra:
     """An extra whose master is float32 where the parameter is narrower."""
+    if is_split(parameter):
+        held = held_here(parameter)
+        wide = torch.promote_types(held.dtype, torch.float32)
+        return ShardExtra(name, parameter, torch.nn.Parameter(held.to(wide)))
     if parameter.dtype in (torch.float32, torch.float64):
         return Extra(name, parameter, parameter)
     return Extra(name, parameter, torch.nn.Parameter(parameter.detach().float()))

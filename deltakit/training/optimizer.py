@@ -44,13 +44,13 @@ class SparseAdamW(EntryOptimizer):
     def update(self) -> None:
         """Adam on the entries in training and on the extras that got a gradient."""
         engine, entries = self.engine, self.engine.entries
+        state = self._moments(entries.values)
         forget_renewed(self, engine, entries.values)
         active = slice(0, entries.count)
         group = self.param_groups[0]
         ages: torch.Tensor | int = engine.step + 1
         if group["age"] == "entry":
             ages = ages - entries.order[active].long()
-        state = self._moments(entries.values)
         _adamw(entries.values, entries.gradient, state, ages, group, active)
         for extra in engine.extras:
             if extra.gradient is not None:
@@ -76,6 +76,11 @@ class SparseAdamW(EntryOptimizer):
         if not state:
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
+        if state["exp_avg"].shape != parameter.shape:  # `Entries.reserve` has made places since
+            for name, moment in state.items():
+                state[name] = torch.zeros_like(parameter)
+                shared = min(len(moment), len(parameter))  # beyond them no entry is in use
+                state[name][:shared] = moment[:shared]
         return state
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from deltakit.delta import SparseDelta, TensorDelta
+from deltakit.dtypes import Array
 from deltakit.errors import ConfigError, CoordinateError, nearest
 from deltakit.live.arrays import to_torch
 from deltakit.selection.methods import Chosen, Scene
@@ -46,11 +47,12 @@ def continue_from(delta: SparseDelta, entries: Entries, extras: Sequence[Extra])
     deltas, forbidden entries and a budget that is smaller than the delta.
     """
     targets = {t.name: t for t in entries.targets}
-    if delta.nnz > len(entries.values):
+    if delta.nnz > entries.budget:
         raise ConfigError(
             f"the delta to continue from holds {delta.nnz} entries, more than the budget "
-            f"{len(entries.values)}; truncate it or raise the budget"
+            f"{entries.budget}; truncate it or raise the budget"
         )
+    before, orders = _orders(delta), []
     for name, tensor in delta.tensors.items():
         if name not in targets:
             raise CoordinateError(
@@ -62,9 +64,11 @@ def continue_from(delta: SparseDelta, entries: Entries, extras: Sequence[Extra])
             raise ConfigError(f"tensor {name!r} is in set mode; continue from add deltas only")
         if np.isin(tensor.indices, targets[name].forbidden.cpu().numpy()).any():
             raise ConfigError(f"tensor {name!r}: entries to continue from are also to be avoided")
-        indices, values = torch.from_numpy(tensor.indices), torch.from_numpy(tensor.values)
-        entries.add(targets[name], indices, 0, values=values)
-    entries.remember_initial([t.order for t in delta.tensors.values()])
+        indices, mine = targets[name].held(torch.from_numpy(tensor.indices))
+        entries.add(targets[name], indices, 0, values=torch.from_numpy(tensor.values)[mine])
+        orders.append(before[name][mine.numpy()])
+    steps = max((int(order.max()) + 1 for order in before.values() if len(order)), default=0)
+    entries.remember_initial(orders, steps)
     kept = {e.name: e for e in extras}
     for name, array in delta.extras.items():
         if name in kept:
@@ -78,7 +82,18 @@ def enter(support: Sequence[Chosen], entries: Entries) -> None:
     for chosen in support:
         target = entries.targets[chosen.number]
         target.seed = None if len(target.indices) else chosen.seed
-        entries.add(target, torch.from_numpy(chosen.indices), 0, values=chosen.values)
+        indices, mine = target.held(torch.from_numpy(chosen.indices))
+        values = None if chosen.values is None else chosen.values[mine.to(chosen.values.device)]
+        entries.add(target, indices, 0, values=values)
+
+
+def _orders(delta: SparseDelta) -> dict[str, Array]:
+    """The recorded orders by tensor; zeros where not all tensors have theirs."""
+    tensors = delta.tensors
+    known = {name: tensor.order for name, tensor in tensors.items() if tensor.order is not None}
+    if len(known) == len(tensors):
+        return known
+    return {name: np.zeros(tensor.nnz, np.int64) for name, tensor in tensors.items()}
 
 
 def _check_shape(target: Target, tensor: TensorDelta) -> None:

@@ -9,10 +9,12 @@ import torch
 
 from deltakit.dtypes import Array
 from deltakit.errors import ConfigError
+from deltakit.parallel.shards import is_split
 from deltakit.quantized.stand_in import StandIn, whole_parameters
 from deltakit.quantized.target import QuantisedTarget
 from deltakit.targets.patterns import matching
 from deltakit.training.entries import Target
+from deltakit.training.shard_target import ShardTarget
 
 _TRAINABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -46,7 +48,7 @@ def choose_targets(
     ordered = sorted(wanted, key=lambda n: stored_names[n].encode())
     targets = []
     for number, name in enumerate(ordered):
-        kind = QuantisedTarget if isinstance(live[name], StandIn) else Target
+        kind = _kind(live[name])
         if kind is Target and not live[name].data.is_contiguous():
             raise ConfigError(
                 f"parameter {name!r} is not contiguous and cannot be trained sparsely"
@@ -57,6 +59,12 @@ def choose_targets(
             outside = np.flatnonzero(~np.broadcast_to(part, targets[-1].shape))
             targets[-1].forbidden = torch.from_numpy(outside)
     return targets, [n for n in names if n in dense]
+
+
+def _kind(parameter: torch.Tensor) -> type[Target]:
+    if isinstance(parameter, StandIn):
+        return QuantisedTarget
+    return ShardTarget if is_split(parameter) else Target
 
 
 def _refuse_codes(dense: Iterable[str], live: Mapping[str, torch.nn.Parameter]) -> None:

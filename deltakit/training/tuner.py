@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +21,10 @@ from deltakit.live.coordinates import (
     saved_buffers,
 )
 from deltakit.live.translation import settled
-from deltakit.parallel.agreement import check_agreement
+from deltakit.parallel.agreement import check_agreement, check_split_agreement
 from deltakit.parallel.averaging import Exchange
 from deltakit.parallel.ranks import Ranks
+from deltakit.parallel.shards import Shards, whole
 from deltakit.quantized.layers import quantization_of
 from deltakit.selection.fixed import Unresolved, resolved
 from deltakit.selection.methods import Method
@@ -33,12 +33,13 @@ from deltakit.training.adapted import AdapterTraining, Masked
 from deltakit.training.any_optimizer import Factory
 from deltakit.training.collect import collect
 from deltakit.training.engine import Engine
-from deltakit.training.entries import Entries
+from deltakit.training.entries import Entries, Target
 from deltakit.training.extra import make_extra
 from deltakit.training.gradient_path import GradientPath
 from deltakit.training.live_identity import LiveIdentity
 from deltakit.training.optimizer import Age
 from deltakit.training.optimizer_choice import make_optimizer
+from deltakit.training.shard_target import split_targets
 from deltakit.training.support import continue_from, continued, enter, keep_clear
 from deltakit.training.targets import choose_targets
 
@@ -112,6 +113,7 @@ class SparseTuner:
         if accumulation_steps < 1:
             raise ConfigError(f"accumulation_steps must be at least 1, found {accumulation_steps}")
         self.model = model
+        self._shards = Shards.of(model)
         self.checkpoint = open_base(model, base)
         self._adapter = _adapter(adapter, self.checkpoint, masked, init_delta)
         self._where = (
@@ -137,15 +139,20 @@ class SparseTuner:
             extras=[extra.parameter for extra in kept],
             model=model,
             calibration=calibration,
+            is_split=self._shards is not None,
         )
-        self.method = resolved(method, continued(scene, targets, earlier))
+        scene = continued(scene, targets, earlier)
+        self.method = resolved(method, scene)
         if self._adapter:
             self._adapter.check_method(self.method)
-        entries = Entries(targets, self.method.budget)
+        entries = self._entries(targets)
         if earlier is not None:
             self._identity.check(earlier)
             continue_from(earlier, entries, kept)
-        start = self.method.start(replace(scene, taken=entries.count))
+        start = self.method.start(scene)
+        if self._shards:
+            budget = self.method.budget
+            check_split_agreement(self._shards.ranks, budget, targets, start.support)
         if self._adapter:
             self._adapter.check_support(start, targets)
         if self._adapter and masked == "zero":
@@ -154,7 +161,7 @@ class SparseTuner:
         enter(start.support, entries)
         for name, parameter in live.items():
             parameter.requires_grad_(name in set(extra_names))
-        ranks = Ranks.together()
+        ranks = None if self._shards else Ranks.together()
         self.engine = Engine(
             entries,
             kept,
@@ -166,6 +173,7 @@ class SparseTuner:
             max_grad_norm=max_grad_norm,
             ranks=ranks,
             exchange=exchange,
+            shards=self._shards,
         )
         entries.write_through()
         if ranks:
@@ -190,7 +198,7 @@ class SparseTuner:
     @property
     def unmasked(self) -> int:
         """Entries in training so far."""
-        return self.engine.entries.count
+        return self.engine.unmasked
 
     @property
     def gradient_paths(self) -> dict[str, GradientPath]:
@@ -212,12 +220,19 @@ class SparseTuner:
     def delta(self) -> SparseDelta:
         """The entries trained so far, as a delta in checkpoint coordinates.
 
-        Merged into the base it gives the live model's bits.
+        Merged into the base it gives the live model's bits. Of a sharded model all processes must
+        ask together, and all get the whole delta.
         """
         engine = self.engine
         ordered = engine.selector is not None
-        tensors, base = collect(engine.entries, self._where, ordered=ordered, frozen=engine.frozen)
-        extras = {e.name: to_numpy(e.parameter) for e in engine.extras}
+        tensors, base = collect(
+            engine.entries,
+            self._where,
+            ordered=ordered,
+            frozen=engine.frozen,
+            shards=self._shards,
+        )
+        extras = {e.name: to_numpy(whole(e.parameter)) for e in engine.extras}
         extras |= {n: to_numpy(buffer) for n, buffer in engine.changed_buffers().items()}
         identity = self._identity.of(base, tensors)
         if self._adapter:
@@ -243,6 +258,12 @@ class SparseTuner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from `state_dict`; the live model takes the state's weights."""
         self.optimizer.load_state_dict(state)
+
+    def _entries(self, targets: list[Target]) -> Entries:
+        """The entries of a run, none in training yet: of a sharded model those held here."""
+        if self._shards is None:
+            return Entries(targets, self.method.budget)
+        return Entries(split_targets(targets, self._shards), self.method.budget, places=0)
 
     def close(self) -> None:
         """Let go of the model: hooks off, `requires_grad` as before, trained weights kept."""
