@@ -20,6 +20,8 @@ from deltakit.cli.options import (
     output_option,
     print_json,
     progress,
+    shard_option,
+    workers_option,
 )
 from deltakit.cli.stacking_options import STACKING_METHOD, method_options, stacking_options
 from deltakit.cli.values import MODEL_OR_DELTA, NUMBERS
@@ -27,6 +29,7 @@ from deltakit.errors import ConfigError, MissingFileError
 
 if TYPE_CHECKING:
     from deltakit.in_place.merge import InPlaceReport
+    from deltakit.shares import Shard
 
 
 @click.command(cls=Command)
@@ -67,7 +70,8 @@ if TYPE_CHECKING:
     "before; kept by default.",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything and tell sizes; write nothing.")
-@click.option("--workers", type=click.IntRange(1), help="Weight files written at a time; up to 4.")
+@workers_option("Weight files written at a time; up to 4 by default.")
+@shard_option("Merge share I of N of the weight files, as one job of an array; the last publishes.")
 @mismatch_option
 @force_option
 @json_option
@@ -83,6 +87,7 @@ def command(
     keep_base: bool,
     dry_run: bool,
     workers: int | None,
+    shard: Shard | None,
     allow_base_mismatch: bool,
     force: bool,
     as_json: bool,
@@ -99,6 +104,10 @@ def command(
     checked against BASE before anything appears at its place. Deltas of adapters (LoRA, AdaLoRA, DoRA,
     (IA)3, LoHa, LoKr) are folded into the weights, into a new file only.
 
+    With --shard I/N it is one job of an array, at any time and on any machine that sees the same
+    files. Each writes its weight files into one hidden folder beside the output, and the last one to
+    finish puts it in its place. A job that is run again does what is missing of its share.
+
     \b
     Examples:
       deltakit merge base.safetensors delta.sdelta
@@ -108,13 +117,14 @@ def command(
       deltakit merge model/ delta.sdelta --in-place
       deltakit merge hf://owner/delta
       deltakit merge hf://owner/model hf://owner/delta -o merged/
+      deltakit merge model/ delta.sdelta -o merged/ --shard 3/8
     """
     from deltakit.in_place.merge import merge_in_place
     from deltakit.merging.merge import merge
     from deltakit.stacking import stack
 
     if in_place:
-        new = {"--output": output, "--dtype": dtype, "--workers": workers}
+        new = {"--output": output, "--dtype": dtype, "--workers": workers, "--shard": shard}
         _refuse_with_in_place({**new, "--requantize": requantize or None})
     base, deltas = split(paths)
     options = stacking_options(given)
@@ -152,6 +162,7 @@ def command(
             head=head,
             progress=advance,
             workers=workers,
+            shard=shard,
             requantize=requantize,
             keep_base=keep_base,
             **options,
@@ -160,6 +171,9 @@ def command(
         note(f"Note: {told}")
     if as_json:
         print_json(report.as_dict())
+        return
+    if report.share is not None:
+        click.echo(f"{report.output}: {report.share}")
         return
     what = "would be written, " if dry_run else ""
     click.echo(

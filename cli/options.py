@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from deltakit.cli.terminal import marked
-from deltakit.cli.values import PATH, LocalPath
+from deltakit.cli.values import PATH, SHARD, LocalPath
 from deltakit.errors import OutputError
 from deltakit.formats.atomic import refuse_existing
 
@@ -62,6 +62,16 @@ mismatch_option = click.option(
     is_flag=True,
     help="Use a base that is not the delta's own; a note tells what differs.",
 )
+
+
+def shard_option(what: str) -> Callable[[F], F]:
+    """`--shard I/N`, with `what` telling which share of the work job I of N does."""
+    return click.option("--shard", type=SHARD, metavar="I/N", help=what)
+
+
+def workers_option(what: str) -> Callable[[F], F]:
+    """`--workers N`, with `what` telling what is worked on at a time."""
+    return click.option("--workers", type=click.IntRange(1), metavar="N", help=what)
 
 
 def output_option(what: str, required: bool = False, kind: LocalPath = PATH) -> Callable[[F], F]:

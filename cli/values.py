@@ -12,6 +12,7 @@ from click.shell_completion import CompletionItem
 from deltakit.budget import parse_budget
 from deltakit.errors import BudgetError, ConfigError, nearest
 from deltakit.hub.location import Location, is_location
+from deltakit.shares import Shard
 
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]  # generic in newer releases of click only
@@ -39,6 +40,21 @@ class Budget(ParamType):
         except BudgetError as error:
             self.fail(str(error), param, ctx)
         return str(value).strip() if str(value).strip().endswith("%") else count
+
+
+class ShardOf(ParamType):
+    """`3/8`, job 3 of 8."""
+
+    name = "shard"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Shard:
+        """Refuse what is none as wrong usage."""
+        try:
+            return Shard.parse(value)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Listed(ParamType):
@@ -144,3 +160,4 @@ MODEL_OR_DELTA = SourcePath(".safetensors", ".sdelta")
 BUDGET = Budget()
 BUDGETS = Listed(BUDGET)
 NUMBERS = Listed(click.FLOAT)
+SHARD = ShardOf()

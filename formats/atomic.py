@@ -27,21 +27,27 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     if not target.parent.is_dir():
         raise MissingFileError(f"cannot write {target}: folder {target.parent} does not exist")
-    with describing(target):
-        _remove_stale(target)
-        with _temporary(target) as temporary:
-            try:
-                umask = os.umask(0)
-                os.umask(umask)
-                temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; outputs are ordinary
-                yield temporary
-                sync(temporary)
-                temporary.replace(target)
-                sync(target.parent)
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    temporary.unlink()
-                raise
+    with describing(target), placing(target) as temporary:
+        yield temporary
+
+
+@contextmanager
+def placing(target: Path) -> Iterator[Path]:
+    """`replacing` for a file inside a larger output: what the system says is left as it is."""
+    _remove_stale(target)
+    with _temporary(target) as temporary:
+        try:
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; outputs are ordinary
+            yield temporary
+            sync(temporary)
+            temporary.replace(target)
+            sync(target.parent)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+            raise
 
 
 @contextmanager
@@ -63,6 +69,13 @@ def _temporary(target: Path) -> Iterator[Path]:
             os.close(handle)
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes left of files that they were writing into a folder that no
+    other process is writing to any more."""
+    for path in folder.rglob(f".*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
 def _remove_stale(target: Path) -> None:
     """Remove the temporary files for `target` that no living process has locked."""
     ours = re.compile(rf"\.{re.escape(target.name)}\.\w+{re.escape(_TEMPORARY)}")
@@ -79,16 +92,15 @@ def _remove_stale(target: Path) -> None:
 
 
 @contextmanager
-def describing(target: Path) -> Iterator[None]:
-    """Turn what the system says against writing `target` into an OutputError of one line."""
+def describing(target: Path, left: str = "nothing was left behind") -> Iterator[None]:
+    """Turn what the system says against writing `target` into an OutputError of one line, which
+    ends with what is `left`."""
     try:
         yield
     except OSError as error:
         if isinstance(error, DeltakitError):
             raise
-        raise OutputError(
-            f"cannot write {target}: {error.strerror or error}; nothing was left behind"
-        ) from error
+        raise OutputError(f"cannot write {target}: {error.strerror or error}; {left}") from error
 
 
 def sync(path: Path) -> None:

@@ -109,16 +109,23 @@ def test_another_shape_is_refused_before_anything_comes(
 def test_a_shard_that_comes_broken(
     published: HubServer, delta: dk.SparseDelta, base: Path, fault: str, error: type[Exception]
 ) -> None:
-    """The last one, behind its header, which is read first and lies before the wrong half."""
+    """The last one, behind its header, which is read first and lies before the wrong half. What was
+    merged before it is kept for the next try, which downloads that one alone."""
     sha256 = published.repos["model", "org/base"].files("main")[SHARDS[2]].sha256
     getattr(published, fault)(f"GET /object/{sha256}", times=2)
     with pytest.raises(error, match="run the same command again"):
         dk.merge(None, delta, "out", keep_base=False)
-    assert list(Path().iterdir()) == []
+    (partial,) = Path().iterdir()
+    assert sorted(path.name for path in partial.glob("*.safetensors")) == SHARDS[:2]
     assert (cached(), objects()) == ([], 0)
-    dk.merge(None, delta, "out", keep_base=False)
+    before = len(published.seen)
+    report = dk.merge(None, delta, "out", keep_base=False)
+    assert "2 weight files were finished by an earlier merge" in report.notes
+    whole = [each.call for each in published.seen[before:] if each.range is None]
+    assert [call for call in whole if "/object/" in call] == [f"GET /object/{sha256}"]
     dk.merge(base, delta, "here")
     assert contents("out") == contents("here")
+    assert not partial.exists()
 
 
 def test_a_dropped_connection_goes_on(

@@ -30,7 +30,7 @@ from deltakit.merging.arithmetic import merged_words, union_between
 from deltakit.merging.carry import merged_config
 from deltakit.merging.files import Overflows, count_overflows
 from deltakit.merging.inputs import Given, chosen_head, read_inputs
-from deltakit.merging.merge import refuse_delta
+from deltakit.merging.opened_base import refuse_delta
 from deltakit.merging.plan import Plan, plan_merge
 
 _NEW_FILE = "they move whole tensors, all of which would stand in the journal; leave out --in-place"

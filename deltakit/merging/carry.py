@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deltakit.dtypes import DTYPES
 from deltakit.errors import FormatError
+from deltakit.formats.atomic import placing
 from deltakit.formats.checkpoint import Checkpoint
 
 LARGEST = 256 * 2**20  # bytes; the largest tokenizers in use have some 50 MB
@@ -56,12 +57,13 @@ def carried_files(base: Checkpoint) -> tuple[list[Carried], list[str]]:
     return kept, [f"{len(left)} other weight files of the base are left out: {listed}"]
 
 
-def copy_carried(files: list[Carried], folder: Path) -> None:
+def copy_carried(files: Iterable[Carried], folder: Path) -> None:
     """Copy the files into `folder` under the names they keep, as ordinary writable files."""
     for file in files:
         target = folder / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file.source, target)
+        with placing(target) as temporary:
+            shutil.copyfile(file.source, temporary)
 
 
 def merged_config(

@@ -13,9 +13,13 @@ from deltakit.adapters.initial import STORED
 from deltakit.delta import SparseDelta
 from deltakit.dtypes import Array
 from deltakit.errors import ConfigError, DeltaError
-from deltakit.formats.sdelta import load
+from deltakit.formats import header_json
+from deltakit.formats.header_json import digest as header_digest
+from deltakit.formats.sdelta import SdeltaFile
 from deltakit.hub.locate import named_after
+from deltakit.lineage import digest
 from deltakit.merging.arithmetic import Contribution
+from deltakit.merging.outlines import read_tensors
 
 Given = SparseDelta | str | os.PathLike[str]
 T = TypeVar("T")
@@ -23,12 +27,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One delta of a merge: what messages call it, its file if it has one, and its weight."""
+    """One delta of a merge: what messages call it, its file if it has one, and its weight.
+
+    file: the file that it was read from, closed. elsewhere: tensors whose entries were not read, as
+    other jobs merge them; they stand in `delta` without entries.
+    """
 
     label: str
     path: Path | None
     delta: SparseDelta
     weight: float
+    file: SdeltaFile | None = None
+    elsewhere: frozenset[str] = frozenset()
 
     @property
     def extras(self) -> dict[str, Array]:
@@ -37,13 +47,26 @@ class Input:
             return dict(self.delta.extras)
         return {n: a for n, a in self.delta.extras.items() if not n.startswith(STORED)}
 
+    def digest(self) -> str:
+        """Text that differs once the delta's content does, whatever part of it was read."""
+        if self.file is None:
+            return digest(self.delta)
+        return header_digest(header_json.dumps(self.file.header).encode())
+
+    def holds_entries(self, name: str) -> bool:
+        """Whether the delta has entries in one of its tensors, read or not."""
+        return name in self.elsewhere or self.delta.tensors[name].nnz > 0
+
 
 def read_inputs(
-    deltas: Given | Sequence[Given], weights: Sequence[float] | None = None
+    deltas: Given | Sequence[Given],
+    weights: Sequence[float] | None = None,
+    *,
+    outlines: bool = False,
 ) -> list[Input]:
     """Load the deltas of a merge, in order; weights are 1 by default.
 
-    Raises ConfigError when there is no delta, and when the weights are not as many as the deltas
+    outlines: leave the entries of those that are files to `with_entries`. Raises ConfigError when there is no delta, and when the weights are not as many as the deltas
     or not finite.
     """
     given = [deltas] if isinstance(deltas, (SparseDelta, str, os.PathLike)) else list(deltas)
@@ -60,7 +83,10 @@ def read_inputs(
         if isinstance(item, SparseDelta):
             inputs.append(Input(f"delta {number}", None, item, factor))
         else:
-            inputs.append(Input(str(item), named_after(item, ".sdelta"), load(item), factor))
+            with SdeltaFile(item) as file:
+                delta, elsewhere = read_tensors(file, frozenset() if outlines else None)
+            path = named_after(item, ".sdelta")
+            inputs.append(Input(str(item), path, delta, factor, file, elsewhere))
     return inputs
 
 
@@ -71,7 +97,7 @@ def contributions(inputs: Sequence[Input]) -> dict[str, list[Contribution]]:
         if each.delta.adapter is not None:  # see `deltakit.merging.folding`
             continue
         for name, tensor in each.delta.tensors.items():
-            if tensor.nnz:
+            if each.holds_entries(name):
                 found.setdefault(name, []).append(Contribution(each.weight, tensor))
     return found
 
@@ -100,7 +126,7 @@ def common_extras(inputs: Sequence[Input], head: int | None) -> dict[str, Array]
     extras = _agreed("extra", [each.extras for each in inputs], inputs, head, _same_array)
     for each in inputs:
         tensors = {} if each.delta.adapter is not None else each.delta.tensors
-        both = [n for n, t in tensors.items() if n in extras and t.nnz]
+        both = [name for name in tensors if name in extras and each.holds_entries(name)]
         if both:
             raise DeltaError(
                 f"{both[0]!r} is a whole extra in one delta and has single entries in "

@@ -15,20 +15,16 @@ from typing import Any
 from deltakit.combine.weights import Weight
 from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.formats.sdelta import is_sdelta
-from deltakit.hub.listing import listed
-from deltakit.hub.location import Location, is_location
-from deltakit.in_place.journal_record import merged_before
-from deltakit.in_place.recovery import settle_base
 from deltakit.merging.carry import carried_files, merged_config
 from deltakit.merging.files import Overflows, index_bytes, weight_files
-from deltakit.merging.hub_base import HubBase
-from deltakit.merging.inputs import Given, Input, read_inputs
+from deltakit.merging.inputs import Given, read_inputs
 from deltakit.merging.naming import Output, check_output, output_for
+from deltakit.merging.opened_base import comes_in_parts, opened_base
 from deltakit.merging.output import Progress, Writing, write_output
 from deltakit.merging.plan import Plan, plan_merge
 from deltakit.merging.quantized import Survival, quantized_in
-from deltakit.merging.recorded_base import recorded_base
+from deltakit.merging.share import MergeJob
+from deltakit.shares import Shard, ShareReport
 from deltakit.stacking import stacked
 
 
@@ -43,6 +39,7 @@ class MergeReport:
     files: names of the files in the output. peak_memory: upper estimate in bytes.
     base_mismatch_allowed: whether other base values were let through. notes: what the user should
     know. survival: what is left of entries in quantised tensors (None where none was quantised again).
+    share: what a job of a job array did (None without `shard`); entries are those in its own files then.
     """
 
     output: str
@@ -64,6 +61,7 @@ class MergeReport:
     dry_run: bool
     notes: tuple[str, ...]
     survival: Survival | None = None
+    share: ShareReport | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -84,6 +82,7 @@ def merge(
     head: int | str | Path | None = None,
     progress: Progress | None = None,
     workers: int | None = None,
+    shard: Shard | str | tuple[int, int] | None = None,
     requantize: bool = False,
     keep_base: bool = True,
     **options: Any,
@@ -106,6 +105,15 @@ def merge(
     A merge into a folder that was killed is gone on with by the next one with the same inputs: weight
     files that are whole are kept.
 
+    shard: (i, n) or "i/n" makes this job i of n, counted from 1, of a job array. The jobs run in any
+    order, together or not, on machines that share a file system. Each merges its own share of the
+    base's weight files into one hidden folder beside `out`, and the one that finishes last puts that
+    in its place, byte for byte what one merge writes. A job that is run again, killed or not, does
+    what is missing of its share; the report tells what others have to do. It reads the entries of
+    its own files alone (of all with `method` and of adapters), and of the base nothing but its own
+    files, whose values are compared before it writes. A merge without shard goes on with what jobs
+    have finished; jobs with other inputs or options are refused while a part is there.
+
     keep_base: of a base on the Hub, whether weight files that are downloaded for this stay in the
     cache. Into a folder they come one at a time, each compared with what the deltas record and merged
     before the next, so that without keeping them the disk need not hold more than one of them.
@@ -127,13 +135,20 @@ def merge(
     numbers = None if weights is None else [w for w in weights if not isinstance(w, Mapping)]
     if method is None and numbers is not None and len(numbers) != len(weights or ()):
         method = "linear"  # the same sum, with weights by pattern
-    given = read_inputs(deltas, numbers if method is None else None)
-    checkpoint, settled = _opened(base, given, keep_base, dry_run)
+    shard = None if shard is None else Shard.parse(shard)
+    given = read_inputs(
+        deltas, numbers if method is None else None, outlines=shard is not None and method is None
+    )
+    checkpoint, settled = opened_base(base, given, keep_base, dry_run)
     paths = [each.path for each in given if each.path is not None]
     output = output_for(checkpoint, paths, out, many=len(given) > 1)
-    check_output(output, checkpoint, paths, force)
+    check_output(output, checkpoint, paths, force or shard is not None)
     whole = requantize or any(each.delta.adapter is not None for each in given)
-    defer = _comes_in_parts(checkpoint, output, keep_base, whole)
+    defer = comes_in_parts(checkpoint, output, keep_base, whole)
+    job = None
+    if shard is not None:
+        job = MergeJob(shard, checkpoint, output, force, requantize)
+        given = given if method else job.with_entries(given)
     inputs, notes = given, settled
     if method is not None:
         again = quantized_in(given, checkpoint, requantize=requantize)
@@ -149,19 +164,23 @@ def merge(
         allow_base_mismatch=allow_base_mismatch,
         head=head,
         requantize=requantize,
-        defer=defer,
+        defer=defer or job is not None,
     )
+    if job is not None and not defer:
+        plan = job.compared(plan)
     if defer and dry_run:
         plan.notes.append("base values are compared when the base is downloaded, not in a dry run")
     overflows = Overflows()
     writing = _prepare(plan, output, overflows)
     sizes = writing.sizes
+    share = None
     if not dry_run:
         if defer:  # one file at a time, under the bars of its downloads
             progress, workers = None, 1
-        finished = write_output(writing, plan, output, progress, workers)
-        if finished:
-            plan.notes.append(f"{finished} weight files were finished by an earlier merge")
+        if job is None:
+            write_output(writing, plan, output, progress, workers)
+        else:
+            share = job.write(writing, plan, progress, workers)
     survival = None if plan.requantizer is None else plan.requantizer.survival()
     if survival is not None:
         plan.notes.append(survival.note())
@@ -185,52 +204,8 @@ def merge(
         dry_run=dry_run,
         notes=tuple(notes + plan.notes + overflows.notes()),
         survival=survival,
+        share=share,
     )
-
-
-def _opened(
-    base: str | Path | Checkpoint | None, inputs: Sequence[Input], keep: bool, dry_run: bool
-) -> tuple[Checkpoint, list[str]]:
-    """The base, and notes on how it came to be as it is."""
-    if isinstance(base, Checkpoint):
-        return base, _carried(base)
-    if base is None:
-        found = recorded_base([(each.label, each.delta.base) for each in inputs])
-        return HubBase(found.listing, keep=keep), list(found.notes)
-    if is_location(base):
-        return HubBase(listed(Location.parse(base)), keep=keep), []
-    refuse_delta(base)
-    settled = [] if dry_run else settle_base(Path(base))
-    checkpoint = Checkpoint(base)
-    return checkpoint, settled + _carried(checkpoint)
-
-
-def _comes_in_parts(base: Checkpoint, output: Output, keep: bool, whole: bool) -> bool:
-    """Whether the weight files come to this machine one by one, while they are merged; where that
-    cannot be (adapters and requantizing need the `whole` base), all of it is downloaded now."""
-    if not isinstance(base, HubBase):
-        return False
-    if output.is_folder and not whole:
-        return not base.is_whole
-    if not keep:
-        raise ConfigError(
-            "a base on the Hub is let go of (--no-keep-base) by merges into a folder without "
-            "adapters or requantizing only"
-        )
-    base.bring_all()
-    return False
-
-
-def refuse_delta(base: str | Path) -> None:
-    """Raise ConfigError for a delta that stands where a base should."""
-    if Path(base).is_file() and is_sdelta(base):
-        raise ConfigError(f"{base} is a delta; the first argument of a merge is the base")
-
-
-def _carried(base: Checkpoint) -> list[str]:
-    """What the output takes over from merges into the base's own files."""
-    merged = ", ".join(each.label for each in merged_before(base))
-    return [f"{base.path} carries {merged}, merged in place; the output does too"] if merged else []
 
 
 def _prepare(plan: Plan, output: Output, overflows: Overflows) -> Writing:

@@ -15,9 +15,8 @@ from threading import Event, Lock
 from deltakit.budget import format_bytes
 from deltakit.errors import OutputError
 from deltakit.formats import rewrite
-from deltakit.formats.atomic import replacing
-from deltakit.formats.partial_folder import finishing, is_whole, resuming_folder
-from deltakit.lineage import digest
+from deltakit.formats.atomic import placing, replacing
+from deltakit.formats.partial_folder import is_whole, resuming_folder
 from deltakit.merging.base_values import check_arrived
 from deltakit.merging.carry import Carried, copy_carried
 from deltakit.merging.files import WeightFile
@@ -56,32 +55,52 @@ def check_space(path: Path, size: int) -> None:
 
 def write_output(
     writing: Writing, plan: Plan, output: Output, progress: Progress | None, workers: int | None
-) -> int:
-    """Write it all; how many weight files were found finished by an earlier, killed merge.
+) -> None:
+    """Write it all, but for weight files that an earlier, killed merge has finished; a note in `plan`
+    counts them.
 
     progress: called with (bytes done, bytes in all). workers: threads, one weight file each; by
     default as many as there are processors and files, at most 4.
     """
-    advance = _Advance(sum(file.size for file in writing.weights), progress)
     size = sum(writing.sizes.values())
     if not output.is_folder:
         (file,) = writing.weights
         with replacing(output.path) as temporary:
             check_space(output.path, size)
-            rewrite.write(temporary, file.header, file.parts, advance)
-        return 0
+            rewrite.write(temporary, file.header, file.parts, _Advance(file.size, progress))
+        return
     with resuming_folder(output.path, merge_key(plan, writing)) as folder:
         finished = [f for f in writing.weights if is_whole(folder / f.name, f.size)]
         check_space(output.path, size - sum(file.size for file in finished))
-        copy_carried(list(writing.carried), folder)
-        for name, data in writing.small.items():
-            (folder / name).write_bytes(data)
-        rest = [file for file in writing.weights if file not in finished]
-        for file in finished:
-            advance(file.size)
-        count = workers or min(WORKERS, os.cpu_count() or 1)
-        _all([partial(_write_file, folder, file, plan, advance) for file in rest], count, advance)
-        return len(finished)
+        write_small(writing, folder)
+        write_weights(writing.weights, finished, plan, folder, progress, workers)
+    if finished:
+        plan.notes.append(f"{len(finished)} weight files were finished by an earlier merge")
+
+
+def write_small(writing: Writing, folder: Path) -> None:
+    """Write all but the weights."""
+    copy_carried(writing.carried, folder)
+    for name, data in writing.small.items():
+        with placing(folder / name) as temporary:
+            temporary.write_bytes(data)
+
+
+def write_weights(
+    files: Sequence[WeightFile],
+    finished: Sequence[WeightFile],
+    plan: Plan,
+    folder: Path,
+    progress: Progress | None,
+    workers: int | None,
+) -> None:
+    """Write those of the weight files that are not `finished`; see `write_output`."""
+    advance = _Advance(sum(file.size for file in files), progress)
+    for file in finished:
+        advance(file.size)
+    count = workers or min(WORKERS, os.cpu_count() or 1)
+    rest = [file for file in files if file not in finished]
+    _all([partial(_write_file, folder, file, plan, advance) for file in rest], count, advance)
 
 
 def merge_key(plan: Plan, writing: Writing) -> str:
@@ -94,7 +113,7 @@ def merge_key(plan: Plan, writing: Writing) -> str:
     for weights in writing.weights:
         found.update(weights.name.encode() + b"\0" + weights.header)
     for each in plan.inputs:
-        found.update(f"{digest(each.delta)} {each.weight}".encode())
+        found.update(f"{each.digest()} {each.weight}".encode())
     for name, array in plan.extras.items():  # of the head that was chosen
         found.update(name.encode() + b"\0" + array.tobytes())
     for data in writing.small.values():
@@ -105,7 +124,7 @@ def merge_key(plan: Plan, writing: Writing) -> str:
 def _write_file(folder: Path, file: WeightFile, plan: Plan, advance: _Advance) -> None:
     with plan.base.at_hand(file.name):
         check_arrived(plan, file.name)
-        with finishing(folder / file.name) as temporary:
+        with placing(folder / file.name) as temporary:
             rewrite.write(temporary, file.header, file.parts, advance)
 
 

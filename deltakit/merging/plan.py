@@ -123,7 +123,7 @@ def plan_merge(
     deferred: list[Input] = []
     for each in inputs[settled:]:
         plain = plain_part(each.delta, quantized)
-        if defer and plain.base is not None:
+        if defer and plain.base is not None and plain.adapter is None:
             deferred.append(each)
             found = checked(each, replace(plain, base=None), base, allow_base_mismatch)
             notes += [note for note in found if not note.endswith(NO_BASE)]
@@ -256,7 +256,7 @@ def _union_size(parts: Sequence[Contribution]) -> int:
 
 
 def _densest_window(parts: Sequence[Contribution]) -> int:
-    counts = sum(int(np.bincount(part.delta.indices // WINDOW).max()) for part in parts)
+    counts = sum(int(np.bincount(part.delta.indices // WINDOW).max(initial=0)) for part in parts)
     return min(WINDOW, counts)
 
 
