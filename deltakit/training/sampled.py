@@ -5,8 +5,10 @@ All functions return one number per entry, in row-major order of the entries, fl
 sum over tokens n of left[n, r] * right[n, c], where left and right are the layer's activations and
 the gradient of its outputs, or the other way round: a sampled dense-dense product (SDDMM).
 
-The first two are registered operators where a model is compiled, opaque to `torch.compile`, so
-that models compile whole; elsewhere the functions behind them are called, which is quicker.
+The first two work by Triton's kernels where `kernels.dispatch` says so, and by torch elsewhere; on
+one machine equal inputs give equal bits either way. They are registered operators where a model
+is compiled, opaque to `torch.compile`, so that models compile whole; elsewhere the functions behind
+them are called, which is quicker.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+
+from deltakit.kernels.dispatch import by_triton, runs_ahead
 
 BUFFER = 2**20  # elements of one transposed block or one gathered chunk: 4 MiB in float32
 KEPT = 2**23  # elements of activations whose transpose may be kept for the next layer
@@ -47,6 +51,12 @@ def sampled_product(
         )
         return traced
     dtype = _sum_dtype(gradient)
+    if by_triton(gradient):
+        from deltakit.kernels.product import product
+
+        both = [tokens.reshape(-1, tokens.shape[-1]) for tokens in (activations, gradient)]
+        left, right = both if activations_left else both[::-1]
+        return product(left, right, starts, columns, dtype)
     total = torch.zeros(len(columns), dtype=dtype, device=gradient.device)
     block = _block_length(max(activations.shape[-1], gradient.shape[-1]))
     gradients = _transposed(gradient, block, dtype)
@@ -95,21 +105,47 @@ def sampled_embedding(
             tokens, gradient, starts, columns, widest, padding
         )
         return traced
-    total = torch.zeros(len(columns), dtype=_sum_dtype(gradient), device=gradient.device)
     rows, wanted = tokens.reshape(-1).long(), gradient.reshape(-1, gradient.shape[-1])
+    if by_triton(gradient):
+        from deltakit.kernels.lookup import lookup
+
+        return lookup(rows, wanted, starts, columns, padding, _sum_dtype(gradient))
+    total = torch.zeros(len(columns), dtype=_sum_dtype(gradient), device=gradient.device)
     length = max(1, BUFFER // max(1, 4 * widest))
+    if runs_ahead(gradient):
+        for ids, part in zip(torch.split(rows, length), torch.split(wanted, length), strict=True):
+            _add_padded(total, ids, part, starts, columns, widest, padding)
+        return total
     for ids, part in zip(torch.split(rows, length), torch.split(wanted, length), strict=True):
         first = starts[ids].long()
         counts = (starts[ids + 1] - first).masked_fill_(ids == padding, 0)
         token = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), counts)
         before = counts.cumsum(0) - counts
         entry = torch.arange(len(token), device=ids.device) + (first - before)[token]
-        taken = part[token, columns[entry]].to(total.dtype)
-        if total.device.type == "cpu":
-            total.index_add_(0, entry, taken)
-        else:  # index_add_ adds in any order there, index_put_ sorts first
-            total.index_put_((entry,), taken, accumulate=True)
+        total.index_add_(0, entry, part[token, columns[entry]].to(total.dtype))
     return total
+
+
+def _add_padded(
+    total: torch.Tensor,
+    ids: torch.Tensor,
+    part: torch.Tensor,
+    starts: torch.Tensor,
+    columns: torch.Tensor,
+    widest: int,
+    padding: int,
+) -> None:
+    """The same for some tokens, as many entries for each as the fullest row has, most of them void.
+
+    So all shapes are known to the host, which need not wait for a device to count.
+    """
+    first = starts[ids].long()
+    counts = (starts[ids + 1] - first).masked_fill_(ids == padding, 0)[:, None]
+    place = torch.arange(widest, device=ids.device)
+    entry = (first[:, None] + place).clamp_(max=len(columns) - 1)
+    taken = part.gather(1, columns[entry].long()).to(total.dtype).masked_fill_(place >= counts, 0)
+    # index_add_ adds in any order on a device, index_put_ sorts first.
+    total.index_put_((entry.view(-1),), taken.view(-1), accumulate=True)
 
 
 _sampled_embedding = torch.library.custom_op("deltakit::sampled_embedding", mutates_args=())(
@@ -253,7 +289,7 @@ def _gathered_block(
 ) -> torch.Tensor:
     """The same with index_select alone, in bounded chunks of entries."""
     numbers = torch.arange(len(left), device=left.device)
-    rows = torch.repeat_interleave(numbers, starts.diff().long())
+    rows = torch.repeat_interleave(numbers, starts.diff().long(), output_size=len(columns))
     length = max(1, BUFFER // max(1, left.shape[1]))
     parts = [
         (left.index_select(0, r) * right.index_select(0, c)).sum(1)
