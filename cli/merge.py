@@ -217,8 +217,10 @@ def split(paths: Sequence[Source]) -> tuple[Source | None, list[Source]]:
     wrong. Raises MissingFileError for a path that does not exist and ConfigError for several bases
     and for no delta.
     """
+    from deltakit.formats.checkpoint_files import split_part
+
     for path in paths:
-        if isinstance(path, Path) and not path.exists():
+        if isinstance(path, Path) and not split_part(path)[0].exists():
             raise MissingFileError(f"no such file or folder: {path}")
     deltas = [path for path in paths if _is_delta(path)]
     bases = [p for p in paths if p not in deltas]

@@ -63,7 +63,7 @@ def verify(
     """
     checkpoint = Checkpoint(base) if isinstance(base, (str, Path)) else base
     problems: list[str] = []
-    notes: list[str] = []
+    notes = [] if checkpoint is None else list(checkpoint.notes)
     tensors = extras = entries = 0
     path = local_delta(delta_path)
     try:

@@ -1,4 +1,5 @@
-"""A base checkpoint on disk, one safetensors file or many, read lazily and never written to."""
+"""A base checkpoint on disk, one safetensors file or many or a directory of
+torch.distributed.checkpoint, read lazily and never written to."""
 
 from __future__ import annotations
 
@@ -12,27 +13,34 @@ from deltakit.delta import in_tensor_order
 from deltakit.dtypes import Array
 from deltakit.errors import CoordinateError, FormatError, nearest
 from deltakit.formats.checkpoint_files import Located, locate
+from deltakit.formats.dcp_folder import open_dcp
+from deltakit.formats.dcp_shard import DcpShard
 from deltakit.formats.safetensors_file import SafetensorsFile, TensorInfo
 from deltakit.formats.undo_folder import refuse_unfinished, undo_folder
 from deltakit.hub.locate import local_base, named_after
+
+Shard = SafetensorsFile | DcpShard
 
 
 class Checkpoint:
     """All tensors of a checkpoint, by name.
 
-    path: a .safetensors file, an index file, or a directory (see
-    `deltakit.formats.checkpoint_files`), or `hf://owner/repo[@revision][/file]`, which is downloaded
-    into the cache. model_id and revision: where it was published, if known; of a location they are
+    path: a .safetensors file, an index file, or a directory, of safetensors or as
+    torch.distributed.checkpoint.save writes it (see `deltakit.formats.checkpoint_files`), or
+    `hf://owner/repo[@revision][/file]`, which is downloaded into the cache. model_id and revision: where it was published, if known; of a location they are
     its repository and commit.
     unfinished: open it also where a merge into its files was interrupted.
 
-    `tensors` maps names to TensorInfo in bytewise order; `files` are the weight files and `index`
-    the index file, or None; `directory` is None for a lone file; `journal` is the place of the
+    `tensors` maps names to TensorInfo in bytewise order; `files` are the files that hold it and
+    `index` the index file, or None; `shards` are the weight files by name, for a directory of
+    torch.distributed.checkpoint those that would hold its tensors; `directory` is None for a lone file; `journal` is the place of the
     folder that tells of merges into these files; `named_after` is what outputs made of it stand
     beside and are named after; `notes` says what was found but not used.
     Everything about the files is checked here: headers, sizes, and that index and shards agree.
     Raises MissingFileError, HubError, FormatError, and JournalError for a merge that has not ended.
     """
+
+    _made_index: tuple[str, bytes] | None = None
 
     def __init__(
         self,
@@ -49,11 +57,14 @@ class Checkpoint:
         located = locate(path if found.model_id is None else found.path)
         if not unfinished:
             refuse_unfinished(located)
-        self._open(located, {file.name: SafetensorsFile(file) for file in located.files})
+        if located.is_dcp:
+            self._open_dcp(located)
+        else:
+            self._open(located, {file.name: SafetensorsFile(file) for file in located.files})
         is_local = found.model_id is None
         self.named_after = (self.directory or self.path) if is_local else named_after(path)
 
-    def _open(self, located: Located, shards: Mapping[str, SafetensorsFile]) -> None:
+    def _open(self, located: Located, shards: Mapping[str, Shard]) -> None:
         """Take the files of the checkpoint, as their headers tell them."""
         self.journal = undo_folder(located)
         self.directory = located.directory
@@ -61,11 +72,22 @@ class Checkpoint:
         self.index = located.index
         self.notes: list[str] = []
         self.shards = shards
+        held: Mapping[str, str]
         if located.weight_map is None:
-            tensors = dict(self.shards[self.files[0].name].tensors)
+            held = {name: file for file, shard in shards.items() for name in shard.tensors}
         else:
-            tensors = self._indexed(located.weight_map)
+            held = self._indexed(located.weight_map)
+        self._holders = held
+        tensors = {name: shards[file].tensors[name] for name, file in held.items()}
         self.tensors: Mapping[str, TensorInfo] = in_tensor_order(tensors)
+
+    def _open_dcp(self, located: Located) -> None:
+        assert located.directory is not None
+        found = open_dcp(located.directory, located.part)
+        self._open(located, found.shards)
+        self.files = found.files
+        self.notes.extend(found.notes)
+        self._made_index = found.index()
 
     def __str__(self) -> str:
         """Its path, as reports tell it."""
@@ -92,7 +114,7 @@ class Checkpoint:
 
     def words(self, name: str) -> Array:
         """The raw words of a tensor (unsigned integers as wide as its dtype), flat [numel]: a
-        read-only view of the mapped file."""
+        read-only view of the mapped file, a copy where it is stored in several chunks."""
         return self._shard(name).words(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
@@ -119,6 +141,12 @@ class Checkpoint:
             raise FormatError(f"{file} is no JSON object")
         return content
 
+    def index_content(self) -> tuple[str, bytes] | None:
+        """Name and content of the index of the weight files; None where they have none."""
+        return (
+            self._made_index if self.index is None else (self.index.name, self.index.read_bytes())
+        )
+
     def version(self) -> str:
         """Text that differs once the weight files do: their sizes and times of change."""
         found = [(str(file), file.stat()) for file in self.files]
@@ -130,18 +158,15 @@ class Checkpoint:
         of a local checkpoint always are."""
         yield
 
-    def _shard(self, name: str) -> SafetensorsFile:
-        return self.shards[self.info(name).file.name]
+    def _shard(self, name: str) -> Shard:
+        return self.shards[self._holders[self.info(name).name]]
 
-    def _indexed(self, weight_map: Mapping[str, str]) -> dict[str, TensorInfo]:
-        tensors = {}
+    def _indexed(self, weight_map: Mapping[str, str]) -> Mapping[str, str]:
         for name, file in weight_map.items():
-            try:
-                tensors[name] = self.shards[file].tensors[name]
-            except KeyError:
+            if name not in self.shards[file].tensors:
                 raise FormatError(
                     f"{self.index}: tensor {name!r} is mapped to {file}, which does not hold it"
-                ) from None
+                )
         for file, shard in self.shards.items():
             unlisted = [name for name in shard.tensors if weight_map.get(name) != file]
             if unlisted:
@@ -149,4 +174,4 @@ class Checkpoint:
                     f"{file} holds {len(unlisted)} tensors that the index does not list there "
                     f"(such as {unlisted[0]!r}); they are not used"
                 )
-        return tensors
+        return weight_map

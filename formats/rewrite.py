@@ -12,14 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from deltakit.errors import FormatError
 from deltakit.formats import safetensors_header
 from deltakit.formats.safetensors_header import BITS, Entry
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _COPY = 64 * 2**20  # bytes per system call: progress and Ctrl-C come through in between
 _BUFFER = 2**20
+_SOURCES = 64  # files that are read at a time; systems give few handles
 _WRITEBACK = 16 * 2**20  # bytes that are sent to the disk at a time
 
 
@@ -70,7 +74,7 @@ def write(path: Path, head: bytes, parts: Iterable[Part], progress: Callable[[in
     """
     with ExitStack() as stack:
         target = stack.enter_context(path.open("wb", buffering=0))
-        sources: dict[Path, BinaryIO] = {}
+        sources = stack.enter_context(_Sources())
         written = sent = 0
 
         def advance(size: int) -> None:
@@ -88,9 +92,28 @@ def write(path: Path, head: bytes, parts: Iterable[Part], progress: Callable[[in
                 _write_all(target, piece)
                 advance(piece.nbytes)
                 continue
-            if piece.file not in sources:
-                sources[piece.file] = stack.enter_context(piece.file.open("rb", buffering=0))
             _copy(sources[piece.file], target, piece, advance)
+
+
+class _Sources:
+    """The files that are read, of which those used last are open; a context manager."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, BinaryIO] = {}  # the one used last at the end
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def __getitem__(self, path: Path) -> BinaryIO:
+        file = self._open.pop(path, None) or path.open("rb", buffering=0)
+        self._open[path] = file
+        if len(self._open) > _SOURCES:
+            self._open.pop(next(iter(self._open))).close()
+        return file
 
 
 def _begin_writeback(target: BinaryIO, offset: int, size: int) -> None:

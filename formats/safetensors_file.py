@@ -6,10 +6,9 @@ and the mapped pages are handed back to the system at once.
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -18,10 +17,10 @@ import numpy as np
 from deltakit.dtypes import BY_CODE, DTYPES, Array, DType
 from deltakit.errors import CoordinateError, FormatError, MissingFileError
 from deltakit.formats import safetensors_header
+from deltakit.formats.mapped_file import MappedFile
+from deltakit.formats.rewrite import Copied, Piece
 
-_GATHER_CHUNK = 256  # entries
-GATHER_MAPPED = _GATHER_CHUNK * 2**16  # bytes: a fault maps up to 64 kB around an entry
-_SCATTERED = 2**15  # bytes of a tensor per entry from which on entries are read one by one
+Reader = Callable[[int, Array], None]
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -57,6 +56,18 @@ class TensorInfo:
         return DTYPES[self.dtype]
 
 
+def check_indices(info: TensorInfo, indices: Array, where: Path) -> None:
+    """Raise CoordinateError where a flat index is outside a tensor; where: for the message."""
+    if not indices.size:
+        return
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= info.numel:
+        raise CoordinateError(
+            f"{where}: tensor {info.name!r} has {info.numel} elements, "
+            f"index {low if low < 0 else high} is outside"
+        )
+
+
 class SafetensorsFile:
     """A safetensors file, its header checked, its body mapped when first needed.
 
@@ -66,6 +77,7 @@ class SafetensorsFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._mapped = MappedFile(self.path)
         self.header = self._read_header()
         offset = self.header.body_offset
         self.tensors: Mapping[str, TensorInfo] = {
@@ -88,15 +100,14 @@ class SafetensorsFile:
     def words(self, name: str) -> Array:
         """The raw words of a tensor, flat, as a read-only view of the mapped file."""
         info = self._info(name)
-        kind = info.kind
-        return np.ndarray(info.numel, kind.words, buffer=self._map, offset=info.offset)
+        return self._mapped.array(info.offset, (info.numel,), info.kind.words)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """A copy of the words [start, stop) of a tensor, leaving no mapped pages behind."""
         part = self.words(name)[start:stop]
         copied = part.copy()
         itemsize = part.dtype.itemsize
-        self._release(self._info(name).offset + start * itemsize, part.size * itemsize)
+        self._mapped.release(self._info(name).offset + start * itemsize, part.size * itemsize)
         return copied
 
     def gather(self, name: str, indices: Array) -> Array:
@@ -104,47 +115,37 @@ class SafetensorsFile:
 
         Raises CoordinateError for an index outside the tensor.
         """
-        words = self.words(name)
-        if len(indices) * _SCATTERED < words.nbytes:
-            return self._read_each(name, indices)
-        out = np.empty(len(indices), words.dtype)
-        for at in range(0, len(indices), _GATHER_CHUNK):
-            part = indices[at : at + _GATHER_CHUNK]
-            low, high = self._range(name, part)
-            out[at : at + _GATHER_CHUNK] = words[part]
-            first = self._info(name).offset + low * words.itemsize
-            self._release(first, (high - low + 1) * words.itemsize)
-        return out
-
-    def _read_each(self, name: str, indices: Array) -> Array:
-        """`gather` for entries so far apart that mapping, let alone reading ahead, costs more than
-        a call for each."""
         info = self._info(name)
-        if indices.size:
-            self._range(name, indices)
-        size = info.kind.itemsize
-        found = []
+        check_indices(info, indices, self.path)
+        return self._mapped.gather(info.offset, info.numel, info.kind.words, indices)
+
+    @contextmanager
+    def reader(self, name: str) -> Iterator[Reader]:
+        """For the length of a `with`, what fills an array with the words of a tensor from the flat
+        position `start` on, by plain reads."""
+        info = self._info(name)
+
+        def read(start: int, words: Array) -> None:
+            rest = words.view(np.uint8).data
+            file.seek(info.offset + start * words.itemsize)
+            while rest.nbytes:
+                size = file.readinto(rest)
+                if not size:
+                    raise FormatError(f"{info.file} became shorter while it was read")
+                rest = rest[size:]
+
         with self.path.open("rb", buffering=0) as file:
-            for place in (info.offset + indices * size).tolist():
-                file.seek(place)
-                found.append(file.read(size))
-        return np.frombuffer(bytearray().join(found), info.kind.words)
+            yield read
 
-    def _range(self, name: str, indices: Array) -> tuple[int, int]:
-        """The least and the largest index; CoordinateError when one is outside the tensor."""
-        low, high = int(indices.min()), int(indices.max())
-        numel = self._info(name).numel
-        if low < 0 or high >= numel:
-            raise CoordinateError(
-                f"{self.path}: tensor {name!r} has {numel} elements, "
-                f"index {low if low < 0 else high} is outside"
-            )
-        return low, high
-
-    @cached_property
-    def _map(self) -> mmap.mmap:
-        with self.path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Piece]:
+        """The bytes of the flat elements [start, stop) of a tensor; of a dtype that deltakit cannot
+        read, of all of them."""
+        info = self._info(name)
+        if stop is None:
+            yield Copied(info.file, info.offset, info.nbytes)
+        else:
+            itemsize = info.kind.itemsize
+            yield Copied(info.file, info.offset + start * itemsize, (stop - start) * itemsize)
 
     def _info(self, name: str) -> TensorInfo:
         try:
@@ -152,16 +153,9 @@ class SafetensorsFile:
         except KeyError:
             raise CoordinateError(f"{self.path} has no tensor {name!r}") from None
 
-    def _release(self, offset: int, size: int) -> None:
-        """Hand mapped pages back; the system's file cache keeps them, and a later use maps them
-        again."""
-        if size and hasattr(mmap, "MADV_DONTNEED"):
-            start = offset - offset % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, start, offset + size - start)
-
     def release(self) -> None:
         """Close the mapping, so that a file that is removed leaves the disk; using it maps it again."""
-        self.__dict__.pop("_map", None)
+        self._mapped.close()
 
     def _read_header(self) -> safetensors_header.Header:
         try:

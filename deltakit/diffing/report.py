@@ -49,7 +49,7 @@ def report_of(
     stayed = tuple(record.name for record in records if record.mode != mode)
     whole = [record.name for record in records if record.coding in ("dense", "bitmap")]
     entries = sum(record.nnz for record in records)
-    notes = []
+    notes = [*sides.base.notes, *sides.tuned.notes]
     if entries < differing:
         notes.append(
             f"lossy: the {entries:,} largest of {differing:,} changes are kept, so merging does not "

@@ -39,7 +39,7 @@ class OpenWeights:
         refuse_location(model)
         with ExitStack() as stack:
             self._files: dict[Path, BinaryIO] = {}
-            for path in locate(model).files:
+            for path in _changeable(model):
                 self._files[path] = stack.enter_context(_opened(path))
                 _lock(self._files[path], path)
             self._seen = self._stats()
@@ -109,6 +109,16 @@ class OpenWeights:
     def _stats(self) -> dict[Path, tuple[int, ...]]:
         found = {path: path.stat() for path in self._files}
         return {p: (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for p, s in found.items()}
+
+
+def _changeable(model: str | Path) -> tuple[Path, ...]:
+    located = locate(model)
+    if located.is_dcp:
+        raise OutputError(
+            f"{model} is a directory of torch.distributed.checkpoint, which is not changed in place; "
+            "merge into a new folder"
+        )
+    return located.files
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -19,6 +19,7 @@ LARGEST = 256 * 2**20  # bytes; the largest tokenizers in use have some 50 MB
 _WEIGHTS = (
     *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt"),
     *(".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".tflite", ".npz", ".pkl", ".sdelta"),
+    ".distcp",
 )
 
 

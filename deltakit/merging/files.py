@@ -6,16 +6,16 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from deltakit.diffing.grown_rows import appended_to
 from deltakit.dtypes import DTYPES, Array, DType, dtype_of
-from deltakit.errors import FormatError
 from deltakit.formats import rewrite
-from deltakit.formats.rewrite import Copied, Part, Piece
-from deltakit.formats.safetensors_file import SafetensorsFile, TensorInfo
+from deltakit.formats.checkpoint import Shard
+from deltakit.formats.rewrite import Part, Piece
+from deltakit.formats.safetensors_file import TensorInfo
 from deltakit.merging.arithmetic import cast
 from deltakit.merging.folding import Term, merging
 from deltakit.merging.plan import WINDOW, Plan, extra_kind
@@ -61,8 +61,12 @@ def weight_files(plan: Plan, overflows: Overflows, one_file: str | None = None) 
     own = [name for name in sorted(plan.extras, key=str.encode) if appended_to(name) is None]
     new = [name for name in own if name not in plan.base.tensors]
     if one_file is not None and len(shards) > 1:
-        infos = [info for shard in shards for info in shard.tensors.values() if _listed(plan, info)]
-        parts = [_part(plan, info, overflows) for info in infos]
+        parts = [
+            _part(plan, shard, info, overflows)
+            for shard in shards
+            for info in shard.tensors.values()
+            if _listed(plan, info)
+        ]
         parts = rewrite.arranged(parts + [_extra(plan, name) for name in new])
         metadata = shards[0].header.metadata
         return [WeightFile(one_file, rewrite.header(parts, metadata), parts)]
@@ -74,10 +78,10 @@ def weight_files(plan: Plan, overflows: Overflows, one_file: str | None = None) 
 
 
 def _shard_file(
-    plan: Plan, shard: SafetensorsFile, new: list[str], name: str | None, overflows: Overflows
+    plan: Plan, shard: Shard, new: list[str], name: str | None, overflows: Overflows
 ) -> WeightFile:
     infos = [info for info in shard.tensors.values() if info.name not in new]
-    parts = [_part(plan, info, overflows) for info in infos]
+    parts = [_part(plan, shard, info, overflows) for info in infos]
     kept = [(part.code, part.shape) for part in parts]
     if not new and kept == [(e.dtype, e.shape) for e in shard.header.entries.values()]:
         return WeightFile(name or shard.path.name, shard.head(), parts)
@@ -89,23 +93,23 @@ def _listed(plan: Plan, info: TensorInfo) -> bool:
     return plan.base.tensors.get(info.name) == info
 
 
-def _part(plan: Plan, info: TensorInfo, overflows: Overflows) -> Part:
+def _part(plan: Plan, shard: Shard, info: TensorInfo, overflows: Overflows) -> Part:
     """The merged form of a tensor of the base."""
     if info.name in plan.extras and _listed(plan, info):
         return _extra(plan, info.name)
     if info.dtype not in DTYPES or not _listed(plan, info):
         code = DTYPES[info.dtype].code if info.dtype in DTYPES else info.dtype
-        return Part(info.name, code, info.shape, info.nbytes, partial(_as_it_is, info))
+        return Part(info.name, code, info.shape, info.nbytes, partial(shard.pieces, info.name))
     if plan.requantizer is not None and info.name in plan.requantizer.parts:
         made = plan.requantizer.parts[info.name]
         return Part(info.name, info.kind.code, info.shape, info.nbytes, made)
     kind = plan.merge_kind(info)
     out = plan.output_kind(kind)
     size = info.numel * out.itemsize
-    pieces: Callable[[], Iterable[Piece]] = partial(_as_it_is, info)
+    pieces: Callable[[], Iterable[Piece]] = partial(shard.pieces, info.name)
     terms = plan.terms(info.name)
     if terms or not info.kind is kind is out:
-        pieces = partial(_changed, info, terms, kind, out, overflows)
+        pieces = partial(_changed, shard, info, terms, kind, out, overflows)
     part = Part(info.name, out.code, info.shape, size, pieces)
     rows = plan.appended.get(info.name)
     return part if rows is None else _longer(part, rows, kind, out)
@@ -123,10 +127,6 @@ def _longer(part: Part, rows: Array, kind: DType, out: DType) -> Part:
     return Part(part.name, part.code, shape, part.nbytes + rows.size * out.itemsize, pieces)
 
 
-def _as_it_is(info: TensorInfo) -> list[Piece]:
-    return [Copied(info.file, info.offset, info.nbytes)]
-
-
 def _extra(plan: Plan, name: str) -> Part:
     array = plan.extras[name]
     kind = extra_kind(plan, array)
@@ -140,6 +140,7 @@ def _extra(plan: Plan, name: str) -> Part:
 
 
 def _changed(
+    shard: Shard,
     info: TensorInfo,
     terms: Sequence[Term],
     kind: DType,
@@ -147,17 +148,17 @@ def _changed(
     overflows: Overflows,
 ) -> Iterator[Piece]:
     """The tensor window by window: read, cast to `kind`, merged, cast to `out`."""
-    itemsize = info.kind.itemsize
     buffer = np.empty(min(WINDOW, info.numel), info.kind.words)
-    with info.file.open("rb", buffering=0) as file:
+    with shard.reader(info.name) as read:
         for start in range(0, info.numel, WINDOW):
             stop = min(start + WINDOW, info.numel)
-            offset = info.offset + start * itemsize
             merge = merging(terms, start, stop, kind)
             if merge is None and info.kind is kind is out:
-                yield Copied(info.file, offset, (stop - start) * itemsize)
+                yield from shard.pieces(info.name, start, stop)
                 continue
-            words = cast(_read(file, info, offset, buffer[: stop - start]), info.kind, kind)
+            words = buffer[: stop - start]
+            read(start, words)
+            words = cast(words, info.kind, kind)
             if merge is not None:
                 before, after = merge(words)
                 count_overflows(info.name, before, after, kind, overflows)
@@ -177,26 +178,15 @@ def count_overflows(
             overflows.counts[name] = overflows.counts.get(name, 0) + count
 
 
-def _read(file: BinaryIO, info: TensorInfo, offset: int, words: Array) -> Array:
-    """Fill `words` from the file at `offset`."""
-    rest = words.view(np.uint8).data
-    file.seek(offset)
-    while rest.nbytes:
-        size = file.readinto(rest)  # type: ignore[attr-defined]
-        if not size:
-            raise FormatError(f"{info.file} became shorter while it was read")
-        rest = rest[size:]
-    return words
-
-
-def index_bytes(plan: Plan, files: Sequence[WeightFile]) -> bytes | None:
-    """The index of the merged checkpoint; None where the base has none.
+def index_file(plan: Plan, files: Sequence[WeightFile]) -> dict[str, bytes]:
+    """Name and content of the index of the merged checkpoint; empty where the base has none.
 
     The base's own bytes where neither names nor sizes change.
     """
-    if plan.base.index is None:
-        return None
-    old = plan.base.index.read_bytes()
+    found = plan.base.index_content()
+    if found is None:
+        return {}
+    index, old = found
     content: dict[str, Any] = json.loads(old)
     weight_map = {
         part.name: file.name
@@ -208,11 +198,11 @@ def index_bytes(plan: Plan, files: Sequence[WeightFile]) -> bytes | None:
     metadata = content.get("metadata")
     same_size = size == sum(info.nbytes for info in plan.base.tensors.values())
     if weight_map == content["weight_map"] and same_size:
-        return old
+        return {index: old}
     if isinstance(metadata, dict) and "total_size" in metadata:
         metadata["total_size"] = size
     if isinstance(metadata, dict) and "total_parameters" in metadata:
         added = sum(a.size for n, a in plan.extras.items() if n not in plan.base.tensors)
         metadata["total_parameters"] = int(metadata["total_parameters"]) + added
     content["weight_map"] = dict(sorted(weight_map.items(), key=lambda item: item[0].encode()))
-    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+    return {index: json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"}

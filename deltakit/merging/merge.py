@@ -16,7 +16,7 @@ from deltakit.combine.weights import Weight
 from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.merging.carry import carried_files, merged_config
-from deltakit.merging.files import Overflows, index_bytes, weight_files
+from deltakit.merging.files import Overflows, index_file, weight_files
 from deltakit.merging.inputs import Given, read_inputs
 from deltakit.merging.naming import Output, check_output, output_for
 from deltakit.merging.opened_base import comes_in_parts, opened_base
@@ -217,8 +217,7 @@ def _prepare(plan: Plan, output: Output, overflows: Overflows) -> Writing:
         plan.notes.extend(notes)
         return Writing(weight_files(plan, overflows, output.path.name), [], {})
     files = weight_files(plan, overflows)
-    index = index_bytes(plan, files)
-    small = {} if index is None or plan.base.index is None else {plan.base.index.name: index}
+    small = index_file(plan, files)
     carried, more = carried_files(plan.base)
     if config is not None:
         small["config.json"] = config

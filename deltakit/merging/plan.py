@@ -13,7 +13,8 @@ from deltakit.diffing.grown_rows import appended_to
 from deltakit.dtypes import DTYPES, Array, DType, dtype_of
 from deltakit.errors import ConfigError, DeltaError, nearest
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.formats.safetensors_file import GATHER_MAPPED, TensorInfo
+from deltakit.formats.mapped_file import GATHER_MAPPED
+from deltakit.formats.safetensors_file import TensorInfo
 from deltakit.identity import NO_BASE
 from deltakit.merging.arithmetic import Contribution, union_between
 from deltakit.merging.base_values import checked
