@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from deltakit.errors import CoordinateError
+from deltakit.errors import ConfigError, CoordinateError
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.live.conversion import saved_regions
 from deltakit.live.offload import resident
@@ -180,6 +180,16 @@ def _all_names(model: torch.nn.Module, live: Mapping[str, torch.Tensor]) -> dict
         if name not in found[first[id(parameter)]]:
             found[first[id(parameter)]].append(name)
     return found
+
+
+def refuse_rearranged(extras: Sequence[str], where: Coordinates) -> None:
+    """Raise ConfigError for extras that the checkpoint does not hold as whole tensors."""
+    for name in extras:
+        if name in where.regions:
+            raise ConfigError(
+                f"tensor {name!r} is held rearranged by the checkpoint (such as in "
+                f"{where.regions[name][0].stored!r}) and cannot be an extra; train entries of it"
+            )
 
 
 class _Places:

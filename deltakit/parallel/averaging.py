@@ -49,7 +49,7 @@ class Averaging:
             raise ConfigError(f"exchange must be exact or candidates, found {exchange!r}")
         self.ranks = ranks
         self.wants_stop = False  # set by this rank, whenever it likes
-        self.stopping = False  # whether some rank wanted it when the last step was averaged
+        self._told: torch.Tensor | None = None  # what ranks told in the last step's exchange
         self._entries, self._extras = entries, list(extras)
         self._offer, self._magnitude = offer, magnitude
         self._exact = exchange == "exact"
@@ -77,16 +77,23 @@ class Averaging:
             torch.zeros_like(e.parameter) if g is None else g
             for e, g in zip(extras, gradients, strict=True)
         ]
-        flags = [*(g is not None for g in gradients), self.wants_stop]
-        parts.append(entries.base.new_tensor(flags))
-        flat = flattened(parts, entries.base.dtype)
+        mine = [*(g is not None for g in gradients), self.wants_stop]
+        flags = [entries.base.new_full((1,), flag) for flag in mine]  # filled where they are
+        flat = flattened([*parts, *flags], entries.base.dtype)
         self.ranks.average(flat)
-        *averaged, told = torch.split(flat, [part.numel() for part in parts])
+        *averaged, told = torch.split(flat, [*(part.numel() for part in parts), len(flags)])
         entries.gradient[: entries.count] = averaged[0]
-        *present, self.stopping = (told > 0).tolist()
+        self._told = told > 0
+        # A gradient of this rank's own is reason enough; only for others a device is waited for.
+        present = mine[:-1] if all(mine[:-1]) else self._told[:-1].tolist()
         for extra, mean, here in zip(extras, averaged[1:], present, strict=True):
             if here:
                 extra.parameter.grad = mean.view_as(extra.parameter).to(extra.parameter)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether some rank wanted to stop when the last step was averaged; waits for it."""
+        return self._told is not None and bool(self._told[-1])
 
     def share_buffers(self, buffers: Sequence[torch.Tensor]) -> None:
         """Give every rank rank 0's buffers, as DistributedDataParallel does."""

@@ -44,10 +44,14 @@ class Ranks:
         """Replace the tensor by rank 0's."""
         dist.broadcast(tensor, src=0)
 
-    def gathered(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's tensor, in order of rank."""
-        found = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(found, tensor)
+    def gathered(self, tensor: torch.Tensor, *, everywhere: bool = True) -> list[torch.Tensor]:
+        """Every rank's tensor, in order of rank; if not `everywhere`, for rank 0 and none for others."""
+        wanted = everywhere or self.rank == 0
+        found = [torch.empty_like(tensor) for _ in range(self.size if wanted else 0)]
+        if everywhere:
+            dist.all_gather(found, tensor)
+        else:
+            dist.gather(tensor, found or None, dst=0)
         return found
 
     def gathered_texts(self, text: str) -> list[str]:

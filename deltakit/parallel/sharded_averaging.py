@@ -30,7 +30,7 @@ class ShardedAveraging:
     def __init__(self, shards: Shards, entries: Entries, offer: Offer) -> None:
         self.ranks = shards.ranks
         self.wants_stop = False  # set by this rank, whenever it likes
-        self.stopping = False  # whether some rank wanted it when the last step was averaged
+        self._told: torch.Tensor | None = None  # what ranks told in the last step's exchange
         self._shards, self._entries, self._offer = shards, entries, offer
         self._counts: list[list[int]] = []
         self._pending: dict[int, torch.Tensor] = {}  # tensor -> gradient of all entries [nnz]
@@ -84,14 +84,20 @@ class ShardedAveraging:
         entries = self._entries
         numbers = sorted(self._pending)
         parts = [self._pending[number] for number in numbers]
-        flat = flattened([*parts, entries.base.new_tensor([self.wants_stop])], entries.base.dtype)
+        flag = entries.base.new_full((1,), self.wants_stop)  # filled where it is
+        flat = flattened([*parts, flag], entries.base.dtype)
         self.ranks.average(flat)
         *averaged, told = torch.split(flat, [*(len(part) for part in parts), 1])
         for number, mean in zip(numbers, averaged, strict=True):
             start, slots = self._places[number]
             entries.gradient.index_add_(0, slots, mean[start : start + len(slots)])
             self._pending[number].zero_()
-        self.stopping = bool(told > 0)
+        self._told = told > 0
+
+    @property
+    def stopping(self) -> bool:
+        """Whether some rank wanted to stop when the last step was averaged; waits for it."""
+        return self._told is not None and bool(self._told)
 
     def share_buffers(self, buffers: Sequence[torch.Tensor]) -> None:
         """Give every rank rank 0's buffers, as in data-parallel training."""

@@ -49,6 +49,13 @@ def picked(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return words.to(kind).view(local.dtype)
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Free the whole weights that a forward without a backward leaves behind."""
+    for module in model.modules():
+        if (free := getattr(module, "reshard", None)) is not None:
+            free()
+
+
 class Shards:
     """The split of a model's parameters; every process of the default group holds some rows of each.
 
@@ -69,9 +76,7 @@ class Shards:
         parameters = dict(model.named_parameters())
         if not any(is_split(parameter) for parameter in parameters.values()):
             return None
-        for module in model.modules():  # what a forward without a backward has left whole
-            if (reshard := getattr(module, "reshard", None)) is not None:
-                reshard()
+        reshard(model)
         parameters = dict(model.named_parameters())
         for name in sorted(parameters, key=lambda name: not is_split(parameters[name])):
             _check_split(name, parameters[name])
@@ -85,8 +90,13 @@ class Shards:
         """Where in a parameter, flat, the part held here begins; no collective."""
         return self._starts[id(parameter)]
 
-    def joined(self, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Each of these vectors [n_rank] as one of all processes, in order of rank."""
+    def joined(
+        self, parts: Sequence[torch.Tensor], *, everywhere: bool = True
+    ) -> Iterator[torch.Tensor]:
+        """Each of these vectors [n_rank] as one of all processes, in order of rank.
+
+        Where they are not wanted `everywhere` the first process gets them, others empty ones.
+        """
         device = parts[0].device
         sizes = torch.tensor([len(part) for part in parts], dtype=torch.int64, device=device)
         counts = torch.stack(self.ranks.gathered(sizes)).tolist()
@@ -94,8 +104,11 @@ class Shards:
             lengths = [row[number] for row in counts]
             padded = part.new_zeros(max(lengths))
             padded[: len(part)] = part
-            found = self.ranks.gathered(padded) if len(padded) else [padded] * self.ranks.size
-            yield torch.cat([t[:n] for t, n in zip(found, lengths, strict=True)])
+            if not len(padded):
+                yield padded
+                continue
+            found = self.ranks.gathered(padded, everywhere=everywhere)
+            yield torch.cat([part[:0], *(t[:n] for t, n in zip(found, lengths, strict=False))])
 
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

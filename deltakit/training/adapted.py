@@ -159,3 +159,27 @@ class AdapterTraining:
 def _sum(initial: torch.Tensor, values: Any) -> torch.Tensor:
     """What an entry starts from: its initial value, and the method's own start beside it."""
     return initial if values is None else initial + values.to(initial)
+
+
+def adapter_training(
+    attached: Attached | None,
+    checkpoint: Checkpoint | None,
+    masked: Masked,
+    earlier: SparseDelta | None,
+) -> AdapterTraining | None:
+    """The training of an attached adapter, from its initial values or on from an earlier delta.
+
+    Raises ConfigError for what does not go together.
+    """
+    if attached is None:
+        if masked != "initial":
+            raise ConfigError(
+                "masked zero is for adapters; the base's other weights stay as they are"
+            )
+        return None
+    training = AdapterTraining.of(attached, checkpoint)
+    if earlier is not None:
+        if masked != "initial":
+            raise ConfigError("masked zero starts anew and cannot go on from a delta")
+        training.check_earlier(earlier)
+    return training

@@ -24,25 +24,24 @@ def collect(
     ordered: bool,
     frozen: bool,
     shards: Shards | None = None,
+    everywhere: bool = True,
 ) -> tuple[dict[str, TensorDelta], dict[str, Array]]:
     """The tensors of a delta by name in the checkpoint, and the base's values at their indices.
 
-    shards: the processes of which each has entries of its own; all get the entries of all, without
-    the model being put together anywhere. A quantised tensor counts as trained in the dtype of the full-precision checkpoint, and its
+    A quantised tensor counts as trained in the dtype of the full-precision checkpoint, and its
     base values are left out, since no code tells them.
     ordered: whether orders are recorded. frozen: entries were zeroed rather than trained, so they
-    are in `set` mode.
+    are in `set` mode. shards: the processes of which each has entries of its own; all get the
+    entries of all, or the first alone where they are not wanted `everywhere`.
     """
     orders = entries.recorded_order() if ordered else None
     tensors: dict[str, TensorDelta] = {}
     base: dict[str, Array] = {}
     for target in entries.targets:
-        indices, values, before, order = _sorted(target, entries, orders)
-        seed = target.seed
+        found, seed = _sorted(target, entries, orders), target.seed
         if shards is not None:
-            indices, values, before, order, seed = _joined(
-                shards, target, indices, values, before, order
-            )
+            found, seed = _joined(shards, target, found, everywhere)
+        indices, values, before, order = found
         if len(indices):
             on_disk = where.dtypes.get(target.name)
             live = dtype_name(target.parameter)
@@ -90,29 +89,28 @@ def _base_in_checkpoint(
     return {name: values for name, values in base.items() if name not in bits} | moved
 
 
+# Indices, values, base values and orders of a tensor's entries, sorted by index.
+_Found = tuple[Array, torch.Tensor, torch.Tensor, Array | None]
+
+
 def _joined(
-    shards: Shards,
-    target: Target,
-    indices: Array,
-    values: torch.Tensor,
-    base: torch.Tensor,
-    order: Array | None,
-) -> tuple[Array, torch.Tensor, torch.Tensor, Array | None, int | None]:
+    shards: Shards, target: Target, mine: _Found, everywhere: bool
+) -> tuple[_Found, int | None]:
     """The entries of all processes, whose parts of a tensor follow one another, and the seed."""
     device = target.parameter.device
+    indices, values, base, order = mine
     seeded = torch.tensor([target.seed is not None], device=device)
-    arrays = [torch.from_numpy(indices) + target.start, values, base, seeded]
+    arrays = [torch.from_numpy(indices + target.start), values, base, seeded]
     arrays += [] if order is None else [torch.from_numpy(order)]
-    found = [joined.cpu() for joined in shards.joined([array.to(device) for array in arrays])]
+    parts = [array.to(device) for array in arrays]
+    found = [joined.cpu() for joined in shards.joined(parts, everywhere=everywhere)]
     orders = None if order is None else found[4].numpy()
     seed = target.seed if found[3].all() else None
-    return found[0].numpy(), found[1], found[2], orders, seed
+    return (found[0].numpy(), found[1], found[2], orders), seed
 
 
-def _sorted(
-    target: Target, entries: Entries, orders: Array | None
-) -> tuple[Array, torch.Tensor, torch.Tensor, Array | None]:
-    """Indices, values, base values and orders of a tensor's entries, resting ones included."""
+def _sorted(target: Target, entries: Entries, orders: Array | None) -> _Found:
+    """The entries of a tensor, resting ones included."""
     indices, values = target.indices, entries.values.detach()[target.slots]
     base = entries.base[target.slots]
     order = None if orders is None else orders[target.slots.cpu().numpy()]

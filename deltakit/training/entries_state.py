@@ -18,7 +18,7 @@ def state_of(entries: Entries) -> dict[str, Any]:
         "values": entries.values.detach()[taken].clone(),
         "base": entries.base[taken].clone(),
         "order": entries.order[taken].clone(),
-        "targets": {t.name: (t.indices.clone(), t.slots.clone()) for t in entries.targets},
+        "targets": {t.name: (t.indices + t.start, t.slots.clone()) for t in entries.targets},
         "resting": {t.name: t.resting.state() for t in entries.targets if t.resting},
     }
 
@@ -42,7 +42,12 @@ def restore_state(entries: Entries, state: dict[str, Any]) -> None:
         place[: entries.count] = state[name].to(place)
     for target in entries.targets:
         indices, slots = state["targets"][target.name]
-        target.indices = indices.to(target.parameter.device)
+        target.indices, here = target.held(indices.to(target.parameter.device))
+        if not here.all():
+            raise TrainingError(
+                f"{target.name}: the saved state has entries of rows that another process holds now; "
+                "take it up by `deltakit.training.resharding.resharded`"
+            )
         target.slots = slots.to(entries.base.device)
         rest = state["resting"].get(target.name)
         target.resting = rest and Resting(*(array.to(entries.base.device) for array in rest))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deltakit.parallel.shards import held_here, is_split
+from deltakit.parallel.shards import Shards, held_here
 
 
 @dataclass(eq=False)
@@ -30,6 +30,12 @@ class Extra:
         return None if grad is None else grad.to(self.master.dtype)
 
     @torch.no_grad()
+    def take(self, values: torch.Tensor) -> None:
+        """Start from values of the whole tensor, of its shape."""
+        self.master.copy_(values)
+        self.write_through()
+
+    @torch.no_grad()
     def write_through(self) -> None:
         """Round the master into the live parameter."""
         if self.master is not self.parameter:
@@ -38,7 +44,10 @@ class Extra:
 
 @dataclass(eq=False)
 class ShardExtra(Extra):
-    """A tensor that FSDP2 has split; the master holds the rows that are here."""
+    """A tensor that FSDP2 has split; the master holds the rows that are here, of which the first
+    element is number `start` of the whole tensor, flat."""
+
+    start: int = 0
 
     @property
     def held_gradient(self) -> torch.Tensor | None:
@@ -47,17 +56,24 @@ class ShardExtra(Extra):
         return None if grad is None else held_here(grad)
 
     @torch.no_grad()
+    def take(self, values: torch.Tensor) -> None:
+        """Start from values of the whole tensor, of its shape."""
+        stop = self.start + self.master.numel()
+        self.master.copy_(values.reshape(-1)[self.start : stop].view_as(self.master))
+        self.write_through()
+
+    @torch.no_grad()
     def write_through(self) -> None:
         """Round the master into the rows held here."""
         held_here(self.parameter).copy_(self.master)
 
 
-def make_extra(name: str, parameter: torch.nn.Parameter) -> Extra:
+def make_extra(name: str, parameter: torch.nn.Parameter, shards: Shards | None = None) -> Extra:
     """An extra whose master is float32 where the parameter is narrower."""
-    if is_split(parameter):
+    if shards is not None:
         held = held_here(parameter)
-        wide = torch.promote_types(held.dtype, torch.float32)
-        return ShardExtra(name, parameter, torch.nn.Parameter(held.to(wide)))
+        master = torch.nn.Parameter(held.to(torch.promote_types(held.dtype, torch.float32)))
+        return ShardExtra(name, parameter, master, start=shards.start(parameter))
     if parameter.dtype in (torch.float32, torch.float64):
         return Extra(name, parameter, parameter)
     return Extra(name, parameter, torch.nn.Parameter(parameter.detach().float()))

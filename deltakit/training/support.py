@@ -72,9 +72,7 @@ def continue_from(delta: SparseDelta, entries: Entries, extras: Sequence[Extra])
     kept = {e.name: e for e in extras}
     for name, array in delta.extras.items():
         if name in kept:
-            with torch.no_grad():
-                kept[name].master.copy_(to_torch(array))
-            kept[name].write_through()
+            kept[name].take(to_torch(array))
 
 
 def enter(support: Sequence[Chosen], entries: Entries) -> None:

@@ -11,34 +11,36 @@ import torch
 from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.live.arrays import to_numpy
+from deltakit.formats.sdelta import save
 from deltakit.live.coordinates import (
-    Coordinates,
     config_changes,
     coordinates,
     live_tensors,
     open_base,
+    refuse_rearranged,
     saved_buffers,
 )
 from deltakit.live.translation import settled
 from deltakit.parallel.agreement import check_agreement, check_split_agreement
 from deltakit.parallel.averaging import Exchange
+from deltakit.parallel.processes import is_first
 from deltakit.parallel.ranks import Ranks
-from deltakit.parallel.shards import Shards, whole
+from deltakit.parallel.shards import Shards, reshard
 from deltakit.quantized.layers import quantization_of
 from deltakit.selection.fixed import Unresolved, resolved
 from deltakit.selection.methods import Method
 from deltakit.selection.scene import Calibration, Scene
-from deltakit.training.adapted import AdapterTraining, Masked
+from deltakit.training.adapted import Masked, adapter_training
 from deltakit.training.any_optimizer import Factory
-from deltakit.training.collect import collect
 from deltakit.training.engine import Engine
 from deltakit.training.entries import Entries, Target
 from deltakit.training.extra import make_extra
 from deltakit.training.gradient_path import GradientPath
 from deltakit.training.live_identity import LiveIdentity
+from deltakit.training.make_delta import Record, make_delta
 from deltakit.training.optimizer import Age
 from deltakit.training.optimizer_choice import make_optimizer
+from deltakit.training.resharding import resharded
 from deltakit.training.shard_target import split_targets
 from deltakit.training.support import continue_from, continued, enter, keep_clear
 from deltakit.training.targets import choose_targets
@@ -115,23 +117,19 @@ class SparseTuner:
         self.model = model
         self._shards = Shards.of(model)
         self.checkpoint = open_base(model, base)
-        self._adapter = _adapter(adapter, self.checkpoint, masked, init_delta)
-        self._where = (
-            adapter.where if adapter else coordinates(model, self.checkpoint, buffers=True)
-        )
-        names = {n: self._where.names[n] for n, _ in model.named_parameters()}
-        buffers = {self._where.names[n] or n: b for n, b in saved_buffers(model).items()}
-        among = self._adapter.live_names if self._adapter else None
+        adapted = adapter_training(adapter, self.checkpoint, masked, init_delta)
+        where = adapter.where if adapter else coordinates(model, self.checkpoint, buffers=True)
+        names = {n: where.names[n] for n, _ in model.named_parameters()}
+        buffers = {where.names[n] or n: b for n, b in saved_buffers(model).items()}
+        among = adapted.live_names if adapted else None
         targets, extra_names = choose_targets(model, names, target, exclude, extras, among)
         self._requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
-        self._identity = LiveIdentity(
-            model, targets, self._where, self.checkpoint, model_id, revision
-        )
-        live, whole = dict(model.named_parameters()), live_tensors(model)
-        keep_clear(targets, [settled(each, self._where, whole) for each in avoid])
-        earlier = None if init_delta is None else settled(init_delta, self._where, whole)
-        _refuse_rearranged(extra_names, self._where)
-        kept = [make_extra(names[n] or n, live[n]) for n in extra_names]
+        identity = LiveIdentity(model, targets, where, self.checkpoint, model_id, revision)
+        live, tensors = dict(model.named_parameters()), live_tensors(model)
+        keep_clear(targets, [settled(each, where, tensors) for each in avoid])
+        earlier = None if init_delta is None else settled(init_delta, where, tensors)
+        refuse_rearranged(extra_names, where)
+        kept = [make_extra(names[n] or n, live[n], self._shards) for n in extra_names]
         scene = Scene(
             targets=targets,
             total_steps=total_steps,
@@ -143,21 +141,21 @@ class SparseTuner:
         )
         scene = continued(scene, targets, earlier)
         self.method = resolved(method, scene)
-        if self._adapter:
-            self._adapter.check_method(self.method)
+        if adapted:
+            adapted.check_method(self.method)
         entries = self._entries(targets)
         if earlier is not None:
-            self._identity.check(earlier)
+            identity.check(earlier)
             continue_from(earlier, entries, kept)
         start = self.method.start(scene)
         if self._shards:
             budget = self.method.budget
             check_split_agreement(self._shards.ranks, budget, targets, start.support)
-        if self._adapter:
-            self._adapter.check_support(start, targets)
-        if self._adapter and masked == "zero":
-            start = self._adapter.prune(start, targets)
-            self._identity.take_samples()
+        if adapted:
+            adapted.check_support(start, targets)
+        if adapted and masked == "zero":
+            start = adapted.prune(start, targets)
+            identity.take_samples()
         enter(start.support, entries)
         for name, parameter in live.items():
             parameter.requires_grad_(name in set(extra_names))
@@ -190,10 +188,16 @@ class SparseTuner:
             age=age,
         )
         changes = config_changes(model, self.checkpoint) if self.engine.extras else {}
-        self._config = changes if config is None else dict(config)
         how = quantization_of(model)
         told = {} if how is None else {"quantization": how.as_dict()}
-        self._provenance = {**(provenance or {}), **told}
+        self._record = Record(
+            where,
+            identity,
+            adapted,
+            self.method.budget,
+            config=changes if config is None else dict(config),
+            provenance={**(provenance or {}), **told},
+        )
 
     @property
     def unmasked(self) -> int:
@@ -223,41 +227,43 @@ class SparseTuner:
         Merged into the base it gives the live model's bits. Of a sharded model all processes must
         ask together, and all get the whole delta.
         """
-        engine = self.engine
-        ordered = engine.selector is not None
-        tensors, base = collect(
-            engine.entries,
-            self._where,
-            ordered=ordered,
-            frozen=engine.frozen,
-            shards=self._shards,
-        )
-        extras = {e.name: to_numpy(whole(e.parameter)) for e in engine.extras}
-        extras |= {n: to_numpy(buffer) for n, buffer in engine.changed_buffers().items()}
-        identity = self._identity.of(base, tensors)
-        if self._adapter:
-            tensors, identity = self._adapter.whole(tensors), self._adapter.base(identity)
-            extras |= self._adapter.extras
-        return SparseDelta(
-            tensors=tensors,
-            extras=extras,
-            base=identity,
-            config=self._config,
-            provenance={
-                **self._provenance,
-                "budget": self.budget,
-                "reached": sum(tensor.nnz for tensor in tensors.values()),
-            },
-            adapter=self._adapter.adapter if self._adapter else None,
-        )
+        delta = make_delta(self.engine, self._record, self._shards)
+        assert delta is not None
+        return delta
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the delta to a file; of several processes, which call together, the first writes.
+
+        Of a sharded model no other process holds more entries than its own.
+        """
+        delta = make_delta(self.engine, self._record, self._shards, everywhere=False)
+        if delta is not None and is_first():
+            save(delta, path)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process holds, by FSDP2, a part of the model and of its entries only."""
+        return self._shards is not None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to resume on a freshly loaded base, bit for bit."""
+        """Everything needed to resume on a freshly loaded base, bit for bit.
+
+        Of a sharded model what this process holds.
+        """
         return self.optimizer.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from `state_dict`; the live model takes the state's weights."""
-        self.optimizer.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+        """Resume from `state_dict`; the live model takes the state's weights.
+
+        The states of all processes of a sharded run, by rank, are shared anew by any number of them.
+        """
+        if self._shards is not None:
+            reshard(self.model)
+        states = [state] if isinstance(state, dict) else list(state)
+        if len(states) > 1 or self._shards is not None:
+            self.optimizer.load_state_dict(resharded(states, self.engine))
+        else:
+            self.optimizer.load_state_dict(states[0])
 
     def _entries(self, targets: list[Target]) -> Entries:
         """The entries of a run, none in training yet: of a sharded model those held here."""
@@ -273,32 +279,3 @@ class SparseTuner:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad[name])
             parameter.grad = None
-
-
-def _adapter(
-    attached: Attached | None,
-    checkpoint: Checkpoint | None,
-    masked: Masked,
-    init_delta: SparseDelta | None,
-) -> AdapterTraining | None:
-    if attached is None:
-        if masked != "initial":
-            raise ConfigError(
-                "masked zero is for adapters; the base's other weights stay as they are"
-            )
-        return None
-    training = AdapterTraining.of(attached, checkpoint)
-    if init_delta is not None:
-        if masked != "initial":
-            raise ConfigError("masked zero starts anew and cannot go on from a delta")
-        training.check_earlier(init_delta)
-    return training
-
-
-def _refuse_rearranged(extras: Sequence[str], where: Coordinates) -> None:
-    for name in extras:
-        if name in where.regions:
-            raise ConfigError(
-                f"tensor {name!r} is held rearranged by the checkpoint (such as in "
-                f"{where.regions[name][0].stored!r}) and cannot be an extra; train entries of it"
-            )
