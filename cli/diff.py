@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,9 +18,14 @@ from deltakit.cli.options import (
     output_option,
     print_json,
     progress,
+    shard_option,
+    workers_option,
 )
 from deltakit.cli.values import BASE, BUDGET, NEW_DELTA, Choice
 from deltakit.formats.atomic import refuse_existing
+
+if TYPE_CHECKING:
+    from deltakit.shares import Shard
 
 
 @click.command(cls=Command)
@@ -54,6 +60,16 @@ from deltakit.formats.atomic import refuse_existing
 @click.option(
     "--ignore-missing", is_flag=True, help="Leave tensors that TUNED lacks as they are in BASE."
 )
+@workers_option("Tensors compared at a time; 1 by default.")
+@shard_option(
+    "Compare share I of N of the tensors, as one job of an array; the last joins the parts."
+)
+@click.option(
+    "--keep-downloads/--no-keep-downloads",
+    default=True,
+    help="Let go of each weight file of a side on the Hub once it is compared, unless the cache had "
+    "it before; kept by default.",
+)
 @force_option
 @json_option
 def command(
@@ -65,6 +81,9 @@ def command(
     density: float | None,
     no_base_values: bool,
     ignore_missing: bool,
+    workers: int | None,
+    shard: Shard | None,
+    keep_downloads: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -75,13 +94,19 @@ def command(
     New tensors, and rows appended to a tensor (new tokens), are kept whole beside the entries.
     --budget or --density keep the largest changes instead, and merging then comes near TUNED only.
 
+    With --shard I/N it is one job of an array, at any time and on any machine that sees the same
+    files. Each writes a part beside the output, and the last one to finish joins the parts into it. A
+    job that is run again does what is missing.
+
     \b
     Examples:
       deltakit diff base.safetensors tuned.safetensors -o tuned.sdelta
       deltakit diff model/ tuned/ -o tuned.sdelta --mode add
       deltakit diff model/ tuned/ -o small.sdelta --budget 100k
+      deltakit diff model/ tuned/ -o tuned.sdelta --shard 3/8
     """
-    refuse_existing(output, force)
+    if shard is None:
+        refuse_existing(output, force)
     from deltakit.diffing.diff import diff
 
     with progress("Comparing") as advance:
@@ -95,15 +120,21 @@ def command(
             density=density,
             out=output,
             progress=advance,
+            workers=workers,
+            shard=shard,
+            force=force,
+            keep_downloads=keep_downloads,
         )
     for told in report.notes:
         note(f"Note: {told}")
     if as_json:
         print_json(report.as_dict())
         return
+    if report.share is not None:
+        click.echo(f"{output}: {report.share}")
     of = f" of {report.differing:,}" if report.entries < report.differing else ""
     click.echo(
-        f"{output}: {report.entries:,}{of} entries in {report.tensors:,} "
+        f"{report.output}: {report.entries:,}{of} entries in {report.tensors:,} "
         f"tensor{'' if report.tensors == 1 else 's'}, {count('extra', report.extras)}, "
         f"{format_bytes(report.bytes)}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,42 +35,49 @@ class Sides:
     added: tuple[str, ...]
     lacking: tuple[str, ...]
 
-    def entries(self, progress: Callable[[int, int], None] | None = None) -> Iterator[TensorDelta]:
-        """The tensors that differ, as set entries with the base's bits beside; one at a time.
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensors that may be in the delta: those of both, then the new ones."""
+        return self.shared + self.added
+
+    def numel(self, name: str) -> int:
+        """Elements that are compared, or taken over, of one of `names`."""
+        return self.tuned.tensors[name].numel
+
+    def entries(self, name: str) -> TensorDelta | None:
+        """A shared tensor as set entries with the base's bits beside; None where nothing differs.
 
         Rows that only the tuned form has are left out. Raises DeltaError for a tensor that differs
         in a dtype that deltakit cannot read.
         """
-        total, done = sum(self.base.tensors[name].numel for name in self.shared), 0
-        for name in self.shared:
-            info = self.base.tensors[name]
-            if info.dtype not in DTYPES:
-                self._require_equal(info)
-            else:
-                indices, before, after = self._differing(info)
-                if indices.size:
-                    yield TensorDelta(
-                        name=name,
-                        shape=info.shape,
-                        dtype=info.dtype,
-                        mode="set",
-                        indices=indices,
-                        values=after,
-                        base_values=before,
-                    )
-            done += info.numel
-            if progress is not None:
-                progress(done, total)
+        info = self.base.tensors[name]
+        if info.dtype not in DTYPES:
+            self._require_equal(info)
+            return None
+        indices, before, after = self._differing(info)
+        if not indices.size:
+            return None
+        return TensorDelta(
+            name=name,
+            shape=info.shape,
+            dtype=info.dtype,
+            mode="set",
+            indices=indices,
+            values=after,
+            base_values=before,
+        )
 
-    def extras(self) -> Iterator[tuple[str, Array]]:
-        """Name and content of the new tensors and of the new rows, one at a time."""
-        for name in self.added:
+    def extra(self, name: str) -> tuple[str, Array] | None:
+        """Name and content of what is kept whole of a tensor: a new one, or the new rows of one
+        that has grown; None for others."""
+        if name in self.added:
             info = self.tuned.tensors[name]
-            yield name, self.tuned.read(name).view(info.kind.numpy).reshape(info.shape)
-        for name in self.grown:
-            before = self.base.tensors[name]
-            rows = self.tuned.read(name, before.numel).view(before.kind.numpy)
-            yield rows_name(name, before.shape[0]), rows.reshape(-1, *before.shape[1:])
+            return name, self.tuned.read(name).view(info.kind.numpy).reshape(info.shape)
+        if name not in self.grown:
+            return None
+        before = self.base.tensors[name]
+        rows = self.tuned.read(name, before.numel).view(before.kind.numpy)
+        return rows_name(name, before.shape[0]), rows.reshape(-1, *before.shape[1:])
 
     def config_changes(self) -> dict[str, Any]:
         """What the tuned form's config.json says otherwise, but for what has nothing to do with

@@ -8,30 +8,28 @@ unless a budget asks for the largest changes only.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from deltakit.budget import parse_budget
-from deltakit.delta import BaseIdentity, Fingerprint, Mode, SparseDelta, TensorDelta
-from deltakit.differences import proven_differences
+from deltakit.delta import Mode, SparseDelta
+from deltakit.diffing.by_file import diff_by_file, diff_share
 from deltakit.diffing.checkpoint_entries import Sides, match
+from deltakit.diffing.fill import Collected, Progress, Wanted, differing, fill
 from deltakit.diffing.report import DiffReport, report_of
-from deltakit.dtypes import Array
 from deltakit.errors import BudgetError, ConfigError, OutputError
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.formats.sdelta_stream import SdeltaStream, sdelta_stream
-from deltakit.identity import identify
-from deltakit.truncation import truncate
+from deltakit.formats.sdelta_stream import sdelta_stream
+from deltakit.shares import Shard
+from deltakit.streaming import comes_by_file, streamed
 
 if TYPE_CHECKING:
     from deltakit.patching.states import State
 
 Given = str | os.PathLike[str] | Checkpoint
 Missing = Literal["error", "ignore"]
-Progress = Callable[[int, int], None]
 
 
 @overload
@@ -46,6 +44,8 @@ def diff(
     density: float | None = ...,
     out: None = None,
     progress: Progress | None = ...,
+    workers: int | None = ...,
+    keep_downloads: bool = ...,
 ) -> SparseDelta: ...
 
 
@@ -61,6 +61,10 @@ def diff(
     density: float | None = ...,
     out: str | os.PathLike[str],
     progress: Progress | None = ...,
+    workers: int | None = ...,
+    shard: Shard | str | tuple[int, int] | None = ...,
+    force: bool = ...,
+    keep_downloads: bool = ...,
 ) -> DiffReport: ...
 
 
@@ -86,6 +90,10 @@ def diff(
     density: float | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    workers: int | None = None,
+    shard: Shard | str | tuple[int, int] | None = None,
+    force: bool = True,
+    keep_downloads: bool = True,
     step: int | None = None,
     names: Mapping[str, str] | None = None,
 ) -> SparseDelta | DiffReport:
@@ -102,7 +110,21 @@ def diff(
     a count ("100k") or a share of all weights of the base ("0.1%"); density: the same share as a
     number in [0, 1]. Provenance says "lossy" where entries were dropped.
     out: write the delta to this file, a tensor at a time, and return a DiffReport; a file that is
-    there is replaced. progress: called with (elements done, elements in all).
+    there is replaced. progress: called with (elements done, elements in all). workers: threads that
+    compare, a tensor each; one by default.
+
+    shard: (i, n) or "i/n" makes this job i of n, counted from 1, of a job array. The jobs run in any
+    order, together or not, on machines that share a file system. Each compares its own share of the
+    tensors (whole weight files of the base where these are at least n) and writes them to a part beside
+    `out`, itself an .sdelta file; the one that finishes last joins the parts into `out`, byte for byte
+    what one diff writes, and removes them. A job that is run again does what is missing, and one with
+    other inputs or options replaces parts that are not its own. With a budget each part keeps as many
+    entries, so that those of the whole are among them. force: replace an `out` that is not of these
+    jobs. The report is of the part, or of `out` where this job joined it.
+
+    Sides on the Hub (`hf://owner/repo[@revision][/file]`) come one weight file of the base (and those of the
+    tuned side with the same tensors) at a time, in as many parts, so that a diff that ends early goes on
+    where it stopped. keep_downloads: whether weight files that came for this stay in the cache.
 
     Tensors that only `tuned` has become extras, rows that were appended to a tensor become extras
     called `name[rows:]` (see `deltakit.diffing.grown_rows`), and the changes of config.json come with them.
@@ -116,111 +138,34 @@ def diff(
         )
     files = [each for each in (base, tuned) if isinstance(each, (str, os.PathLike, Checkpoint))]
     if len(files) < 2 or step is not None or names is not None:
-        if (mode, missing, budget, density, out, progress) != ("set", "error", *[None] * 4):
+        if (mode, missing, budget, density, out, progress, shard) != ("set", "error", *[None] * 5):
             raise ConfigError(
-                "mode, missing, budget, density, out and progress are for diffs of files; truncate "
-                "and save the delta of live weights or a patch afterwards"
+                "mode, missing, budget, density, out, progress and shard are for diffs of files; "
+                "truncate and save the delta of live weights or a patch afterwards"
             )
         from deltakit.patching.stream import diff_states
 
         return diff_states(base, tuned, step=step, keep_base=keep_base, names=names)
-    old, new = (c if isinstance(c, Checkpoint) else Checkpoint(os.fspath(c)) for c in files)
+    if shard is not None and out is None:
+        raise ConfigError("a shard of a diff writes a part beside its output; give out (-o)")
+    job = None if shard is None else Shard.parse(shard)
+    old, new = (streamed(side, keep=keep_downloads) for side in files)
     sides = match(old, new, ignore_missing=missing == "ignore")
-    count = _count(budget, density, old.total_weights)
+    wanted = Wanted(mode, keep_base, _count(budget, density, old.total_weights))
+    if out is not None:
+        _refuse_input(Path(out), sides)
+    if job is not None and out is not None:
+        return diff_share(Path(out), sides, wanted, job, force, workers, progress)
+    if comes_by_file(old) or comes_by_file(new):
+        return diff_by_file(None if out is None else Path(out), sides, wanted, workers)
+    found = differing(sides, sides.shared, workers, progress)
     if out is None:
-        collected = _Collected()
-        _fill(collected, sides, count, mode, keep_base, progress)
+        collected = Collected()
+        fill(collected, sides, wanted, found)
         return collected.delta
-    _refuse_input(Path(out), sides)
     with sdelta_stream(out) as stream:
-        differing = _fill(stream, sides, count, mode, keep_base, progress)
-    return report_of(Path(out), stream, sides, differing, mode)
-
-
-class _Collected:
-    """A delta in memory, made as `SdeltaStream` makes a file."""
-
-    def __init__(self) -> None:
-        self._tensors: dict[str, TensorDelta] = {}
-        self._prints: dict[str, Fingerprint] = {}
-        self._extras: dict[str, Array] = {}
-
-    def add(self, tensor: TensorDelta, known: Fingerprint) -> None:
-        """See SdeltaStream."""
-        self._tensors[tensor.name] = tensor
-        self._prints[tensor.name] = known
-
-    def add_extra(self, name: str, array: Array) -> None:
-        """See SdeltaStream."""
-        self._extras[name] = array
-
-    def finish(
-        self, base: BaseIdentity, config: Mapping[str, Any], provenance: Mapping[str, Any]
-    ) -> None:
-        """Make the delta; the fingerprints of its base are those that came with the tensors."""
-        self.delta = SparseDelta(
-            tensors=self._tensors,
-            extras=self._extras,
-            base=replace(base, tensors=self._prints),
-            config=config,
-            provenance=provenance,
-        )
-
-
-def _fill(
-    sink: _Collected | SdeltaStream,
-    sides: Sides,
-    count: int | None,
-    mode: Mode,
-    keep_base: bool,
-    progress: Progress | None,
-) -> int:
-    """Put all of the delta into `sink`; returns how many elements differ."""
-    provenance: dict[str, Any] = {"operation": "diff", "mode": mode}
-    found: Iterable[TensorDelta] = sides.entries(progress)
-    differing = kept = 0
-    if count is not None:
-        found, differing = _largest(found, count)
-    for tensor in found:
-        known = identify(sides.base, {tensor.name: tensor.indices}).tensors[tensor.name]
-        sink.add(_stored(tensor, mode, keep_base), known)
-        kept += tensor.nnz
-    if kept < differing:
-        provenance["lossy"] = {"budget": count, "by": "magnitude", "from": differing}
-    extras = False
-    for name, array in sides.extras():
-        sink.add_extra(name, array)
-        extras = True
-    config = sides.config_changes() if extras else {}
-    sink.finish(identify(sides.base, {}), config, provenance)
-    return max(differing, kept)
-
-
-def _largest(found: Iterable[TensorDelta], count: int) -> tuple[list[TensorDelta], int]:
-    """The `count` entries with the largest changes, and how many there were.
-
-    What is dropped early is never missed: an entry that `count` others before it beat, ties
-    included, is beaten in the end. So no more than 2 * count entries and one tensor are held.
-    """
-    held: dict[str, TensorDelta] = {}
-    seen = 0
-    for tensor in found:
-        held[tensor.name] = tensor
-        seen += tensor.nnz
-        if sum(t.nnz for t in held.values()) > 2 * count:
-            held = dict(truncate(SparseDelta(tensors=held), count).tensors)
-    return list(truncate(SparseDelta(tensors=held), count).tensors.values()), seen
-
-
-def _stored(tensor: TensorDelta, mode: Mode, keep_base: bool) -> TensorDelta:
-    """A set tensor with base values as it is asked for; set where add has no proof."""
-    assert tensor.base_values is not None
-    values = None
-    if mode == "add":
-        values = proven_differences(tensor.base_values, tensor.values, tensor.kind)
-    if values is not None:
-        return replace(tensor, mode="add", values=values, base_values=None)
-    return tensor if keep_base else replace(tensor, base_values=None)
+        differ = fill(stream, sides, wanted, found)
+    return report_of(Path(out), stream, sides, differ, mode)
 
 
 def _count(budget: int | str | None, density: float | None, total: int) -> int | None:

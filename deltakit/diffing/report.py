@@ -9,7 +9,9 @@ from typing import Any
 
 from deltakit.delta import Mode, in_tensor_order
 from deltakit.diffing.checkpoint_entries import Sides
+from deltakit.formats.sdelta import SdeltaFile
 from deltakit.formats.sdelta_stream import SdeltaStream
+from deltakit.shares import ShareReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +22,7 @@ class DiffReport:
     than that where a budget was given. tensors: how many have entries. extras: names of whole
     tensors and of new rows. stayed_set: tensors in set mode although add was asked for. codings:
     index coding -> tensors written in it. notes: what the user should know.
+    share: what a job of a job array did (None without `shard`).
     """
 
     output: str
@@ -31,6 +34,7 @@ class DiffReport:
     stayed_set: tuple[str, ...]
     codings: Mapping[str, int]
     notes: tuple[str, ...]
+    share: ShareReport | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -38,7 +42,12 @@ class DiffReport:
 
 
 def report_of(
-    out: Path, stream: SdeltaStream, sides: Sides, differing: int, mode: Mode
+    out: Path,
+    stream: SdeltaStream | SdeltaFile,
+    sides: Sides,
+    differing: int,
+    mode: Mode,
+    share: ShareReport | None = None,
 ) -> DiffReport:
     """The report on a file that has been written from `sides`, in which `differing` elements
     differ."""
@@ -88,6 +97,7 @@ def report_of(
         stayed_set=stayed,
         codings=codings,
         notes=tuple(notes),
+        share=share,
     )
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from deltakit.delta import BaseIdentity
 from deltakit.formats import safetensors_header
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.checkpoint_files import Located, read_index
@@ -21,7 +20,6 @@ from deltakit.hub.fetch import fetch
 from deltakit.hub.listing import Listing
 from deltakit.hub.locate import named_after
 from deltakit.hub.remote_delta import RemoteFile
-from deltakit.merging.recorded_base import recorded_base
 
 
 class HubBase(Checkpoint):
@@ -83,17 +81,6 @@ class HubBase(Checkpoint):
                 self.shards[file].release()
                 with suppress(FileNotFoundError):  # it did not come
                     cache.forget(place)
-
-
-def whole_recorded_base(
-    label: str, identity: BaseIdentity | None, command: str
-) -> tuple[Checkpoint, list[str]]:
-    """The base that a delta records with all its weights on this machine, and notes for the user; see
-    `deltakit.merging.recorded_base`."""
-    found = recorded_base([(label, identity)], command)
-    base = HubBase(found.listing)
-    base.bring_all()
-    return base, list(found.notes)
 
 
 class _RemoteShard(SafetensorsFile):

@@ -25,6 +25,7 @@ from deltakit.merging.output import (
 )
 from deltakit.merging.plan import Plan
 from deltakit.shares import Shard, ShareReport
+from deltakit.streaming import by_file
 
 
 class MergeJob:
@@ -56,7 +57,12 @@ class MergeJob:
 
     def with_entries(self, inputs: Sequence[Input]) -> list[Input]:
         """The outlines of deltas with the entries of this job's tensors."""
-        own = {info.name for info in self._base.tensors.values() if info.file.name in self.files}
+        own = {
+            name
+            for file, names in by_file(self._base).items()
+            if file in self.files
+            for name in names
+        }
         found = []
         for each in inputs:
             if each.elsewhere and each.file is not None:
