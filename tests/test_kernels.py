@@ -33,6 +33,14 @@ def test_kernels_under_the_interpreter() -> None:
     interpreted("interpreted_kernels.py")
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_steps_on_a_device_without_one(kernels: str) -> None:
+    """The path of a device, by torch alone and by interpreted kernels."""
+    if kernels == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+    interpreted("device_path.py", DELTAKIT_KERNELS=kernels)
+
+
 WITHOUT_TRITON = """
 import sys
 

@@ -21,7 +21,7 @@ from deltakit.parallel.ranks import Ranks
 from deltakit.parallel.sharded_averaging import ShardedAveraging
 from deltakit.parallel.shards import Shards
 from deltakit.selection.methods import Change, Selector
-from deltakit.training.clipping import clip_to
+from deltakit.training.clipping import Clipping
 from deltakit.training.entries import Entries, Target
 from deltakit.training.entries_state import restore_state, state_of
 from deltakit.training.extra import Extra
@@ -69,11 +69,11 @@ class Engine:
         self.frozen = frozen
         self._fixed: FixedSupport | None = None
         self.accumulation_steps = accumulation_steps
-        self.max_grad_norm = max_grad_norm
+        self.clipping = Clipping(max_grad_norm)
         self.step = 0
         # Places whose entry was replaced: the optimizer's state there belongs to one that has left.
         self.renewed = torch.zeros(0, dtype=torch.int64, device=entries.base.device)
-        self.gradient_norm: float | None = None
+        self.gradient_norm: float | torch.Tensor | None = None
         self._passes = [0] * len(entries.targets)
         self._offered = [False] * len(entries.targets)
         self._finished = False
@@ -107,11 +107,11 @@ class Engine:
         """Entries in training so far, of all processes."""
         return self._sharded.total if self._sharded else self.entries.count
 
-    def finish_gradients(self) -> float:
+    def finish_gradients(self) -> float | torch.Tensor:
         """Take in what backward left, select, clip; returns the norm before clipping.
 
-        The norm is that of chosen entries and extras, the only gradients that move anything.
-        Idempotent within a step.
+        The norm is that of chosen entries and extras, the only gradients that move anything; on a
+        device it is a tensor [] (see `Clipping`). Idempotent within a step.
         """
         if not self._finished:
             for target in self.entries.targets:
@@ -187,6 +187,7 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only, so that it loads with `weights_only=True`."""
+        self.clipping.check()
         return {
             **state_of(self.entries),
             "step": self.step,
@@ -297,11 +298,11 @@ class Engine:
             self._sharded.count()
         self.renewed = torch.cat([self.renewed, slots])
 
-    def _clip(self) -> float:
+    def _clip(self) -> float | torch.Tensor:
         gradients = [self.entries.gradient]
         gradients += [g for e in self.extras if (g := e.held_gradient) is not None]
         total = self._sharded.ranks.add if self._sharded else None
-        return clip_to(self.max_grad_norm, gradients, self.step, total)
+        return self.clipping.clip(gradients, self.step, total)
 
     def _freeze_untrained(self) -> None:
         """Once the support is fixed, only its entries' gradients are computed.

@@ -9,8 +9,12 @@ import torch
 
 from deltakit.dtypes import Array
 from deltakit.errors import TrainingError
+from deltakit.kernels.dispatch import by_triton
 from deltakit.selection.methods import Change
 from deltakit.training.resting import Resting
+
+# What the kernel rounds to; float64 tensors have float64 values.
+_ROUNDED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _no_positions() -> torch.Tensor:
@@ -255,10 +259,23 @@ class Entries:
         The zero is the merge's empty sum: it turns a value of -0.0 into 0.0, as merging does.
         Resting entries have theirs already.
         """
-        merged = self.base[: self.count] + (self.values[: self.count] + 0.0)
-        for target in self.targets:
-            if len(target.indices):
-                target.write(target.indices, merged.index_select(0, target.slots))
+        trained = [target for target in self.targets if len(target.indices)]
+        rest = [target for target in trained if not self._by_kernel(target)]
+        if rest:
+            merged = self.base[: self.count] + (self.values[: self.count] + 0.0)
+        for target in rest:
+            target.write(target.indices, merged.index_select(0, target.slots))
+
+    def _by_kernel(self, target: Target) -> bool:
+        """Write one tensor's entries through by a kernel, where there is one; whether it was."""
+        if not by_triton(self.base) or type(target).write is not Target.write:
+            return False
+        if target.flat.device != self.base.device or target.flat.dtype not in _ROUNDED:
+            return False
+        from deltakit.kernels.write_through import write_through
+
+        write_through(target.flat, target.indices, target.slots, self.base, self.values.data)
+        return True
 
     @torch.no_grad()
     def write_resting(self) -> None:

@@ -99,6 +99,7 @@ def _step(tuner: SparseTuner, batches: Sequence[Any], loss: Loss) -> float:
         torch.autograd.backward(part)
         total += part.item()
     tuner.step()
+    tuner.engine.clipping.check()
     return total
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf, log
 from typing import Any, Literal
 
 import torch
 
 from deltakit.errors import ConfigError
+from deltakit.kernels.dispatch import runs_ahead
 from deltakit.training.engine import Engine
 from deltakit.training.entry_optimizer import EntryOptimizer, forget_renewed, parameter_groups
 
@@ -108,6 +110,9 @@ def _adamw(
 def _bias(beta: float, age: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor | float:
     if isinstance(age, int):
         return float(1 - beta**age)
+    if runs_ahead(age):  # a table would make the host wait for the ages, and copy it to the device
+        exponent = age.to(like.dtype).mul_(log(beta) if beta else -inf)
+        return torch.expm1(exponent).neg_()
     shortest, longest = (int(age.min()), int(age.max())) if len(age) else (0, 0)
     if shortest == longest:  # one number for all, rounded as in the table
         return torch.tensor([1 - beta**longest], dtype=like.dtype, device=like.device)
