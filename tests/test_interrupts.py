@@ -33,6 +33,7 @@ COMMANDS = {
     "truncate": ["truncate", "delta.sdelta", "-b", "20"],
     "merge": ["merge", "base.safetensors", "delta.sdelta", "-o", "out.safetensors"],
     "merge, by threads": ["merge", "model", "delta.sdelta", "-o", "out", "--workers", "2"],
+    "merge, by a job": ["merge", "model", "delta.sdelta", "-o", "out", "--shard", "1/1"],
     "merge, replacing": [
         "merge",
         "base.safetensors",
@@ -43,6 +44,12 @@ COMMANDS = {
     ],
     "stack": ["stack", "delta.sdelta", "delta.sdelta", "--method", "ties"],
     "diff": ["diff", "base.safetensors", "tuned.safetensors", "-o", "out.sdelta"],
+    "diff, by threads": [
+        *("diff", "base.safetensors", "tuned.safetensors", "-o", "out.sdelta", "--workers", "2")
+    ],
+    "diff, by a job": [
+        *("diff", "base.safetensors", "tuned.safetensors", "-o", "out.sdelta", "--shard", "1/2")
+    ],
     "convert": ["convert", "delta.sdelta", "out.safetensors", "--to", "coo-safetensors"],
     "compare": ["compare", "delta.sdelta", "delta.sdelta", "--html", "out.html"],
     "demo": ["demo", "--files-only", "-o", "demo"],

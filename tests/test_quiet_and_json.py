@@ -31,14 +31,19 @@ CALLS = {
     "merge --allow-base-mismatch": [
         *("merge", "other.safetensors", "delta.sdelta", "--allow-base-mismatch")
     ],
+    "merge --shard": ["merge", "base.safetensors", "delta.sdelta", "-o", "out", "--shard", "1/1"],
     "merge --in-place": ["merge", "other.safetensors", "bare.sdelta", "--in-place"],
     "revert": ["revert", "merged.safetensors"],
     "stack": ["stack", "delta.sdelta", "bare.sdelta", "--method", "ties"],
     "compare": ["compare", "delta.sdelta", "bare.sdelta"],
     "diff": ["diff", "base.safetensors", "other.safetensors", "-o", "out.sdelta"],
+    "diff --shard": [
+        *("diff", "base.safetensors", "other.safetensors", "-o", "out.sdelta", "--shard", "1/2")
+    ],
     "convert": ["convert", "delta.sdelta", "out.safetensors", "--to", "coo-safetensors"],
     "verify": ["verify", "delta.sdelta"],
     "verify --base": ["verify", "delta.sdelta", "--base", "base.safetensors"],
+    "verify --shard": ["verify", "delta.sdelta", "--shard", "1/2", "--workers", "2"],
     "push --dry-run": ["push", "delta.sdelta", "org/news", "--dry-run"],
     "push": ["push", "delta.sdelta", "org/news"],
     "pull": ["pull", "org/there", "-o", "pulled.sdelta"],
