@@ -79,7 +79,9 @@ class Metadata:
             for name, item in items.items()
             if type(item) is Made and item.name == _TENSOR
         }
-        self._stored = dict(_located(stored, self.what))
+        self._stored: dict[str, dict[Sizes, tuple[str, int, int]]] = {}
+        for name, offsets, place in _located(stored, self.what):
+            self._stored.setdefault(name, {})[offsets] = place
         self.paths = {name: _path(name, planned, self.what) for name in self._tensors}
         self.others = [str(name) for name in items if name not in self._tensors]
 
@@ -95,9 +97,11 @@ class Metadata:
             raise FormatError(f"{what} has no dtype")
         shape = _sizes(told.get("size"), what)
         chunks = told.get("chunks")
-        # More chunks than places would be one list that many tensors share, read again and again.
-        if type(chunks) is not list or len(chunks) > len(self._stored):
-            raise FormatError(f"{what} has no list of chunks, or more of them than are stored")
+        if type(chunks) is not list:
+            raise FormatError(f"{what} has no list of chunks")
+        held = len(self._stored.get(name, ()))
+        if len(chunks) > held:  # also one list that many tensors share, to be read again and again
+            raise FormatError(f"{what} has {len(chunks)} chunks, of which {held} are stored")
         if prod(shape) > MAX_ELEMENTS:
             raise FormatError(f"{what}: shape {list(shape)} has too many elements")
         found = (self._chunk(name, chunk, shape, what) for chunk in chunks)
@@ -117,7 +121,7 @@ class Metadata:
                 f"{list(shape)}"
             )
         try:
-            return StoredChunk(offsets, sizes, *self._stored[name, offsets])
+            return StoredChunk(offsets, sizes, *self._stored[name][offsets])
         except KeyError:
             raise FormatError(
                 f"{what}: the chunk at {list(offsets)} is stored in no file"
@@ -165,8 +169,8 @@ def _path(name: Any, planned: Any, what: str) -> tuple[str, ...]:
 
 def _located(
     stored: dict[Any, Any], what: str
-) -> Iterator[tuple[tuple[str, Sizes], tuple[str, int, int]]]:
-    """(Name, offsets) -> (file, offset, length) of every chunk; FormatError for a place that is
+) -> Iterator[tuple[str, Sizes, tuple[str, int, int]]]:
+    """Name, offsets, and (file, offset, length) of every chunk; FormatError for a place that is
     outside of the directory or that only an extension of torch could read."""
     for index, info in stored.items():
         key, place = _fields(index, _INDEX), _fields(info, _WHERE)
@@ -186,7 +190,7 @@ def _located(
                 f"{what}: tensor {name!r} was stored through an extension of torch (such as "
                 "compression), which deltakit cannot read; save it without extensions"
             )
-        yield (name, _sizes(key["offset"], what)), (file, offset, length)
+        yield name, _sizes(key["offset"], what), (file, offset, length)
 
 
 def _is_plain(name: str) -> bool:

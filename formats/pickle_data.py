@@ -53,6 +53,8 @@ def read(data: bytes, what: str, allowed: Collection[str]) -> Any:
     machine = _Machine(data, what, allowed)
     try:
         return machine.run()
+    except FormatError:
+        raise
     except _MISMATCH as error:
         raise FormatError(
             f"{what}: no pickle, or a broken one, at byte {machine.at} of {len(data)} "
