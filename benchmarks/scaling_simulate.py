@@ -1,0 +1,157 @@
+"""The real commands over checkpoints of any size, whose weights are holes of sparse files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import scaling_arithmetic as cost
+from scaling_shapes import MODELS, Model
+
+from deltakit.delta import SparseDelta, TensorDelta
+from deltakit.formats import sdelta
+from deltakit.formats.checkpoint import Checkpoint
+from deltakit.formats.safetensors_header import Entry, render
+from deltakit.identity import identify
+
+SHARD = 5e9  # bytes of a weight file at most, as most large checkpoints have them
+FREE = 10e9  # bytes of the disk that no simulation takes up
+CHILD = """
+import re, sys
+from pathlib import Path
+from deltakit.cli.main import main
+try:
+    main(sys.argv[1:])
+finally:
+    peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
+    written = re.search(r"^write_bytes: (\\d+)", Path("/proc/self/io").read_text(), re.M)[1]
+    print(f"\\n{1024 * int(peak)} {written}", file=sys.stderr)
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one command took: seconds, peak resident bytes, bytes handed to the disk."""
+
+    seconds: float
+    peak: int
+    written: int
+
+
+def run(*arguments: object) -> Run:
+    """Run `deltakit` in a fresh process; what it writes counts once it is on the disk."""
+    command = [sys.executable, "-c", CHILD, *map(str, arguments)]
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(f"deltakit {arguments[0]}: {done.stderr.strip()}")
+    peak, written = map(int, done.stderr.split()[-2:])
+    return Run(seconds, peak, written)
+
+
+def write_model(folder: Path, model: Model) -> None:
+    """Weight files with true headers and holes for weights, and their index."""
+    folder.mkdir()
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    size = 0
+    for name, shape in model.tensors.items():
+        if files[-1] and size + 2 * prod(shape) > SHARD:
+            files.append({})
+            size = 0
+        files[-1][name] = shape
+        size += 2 * prod(shape)
+    weight_map = {}
+    for number, shapes in enumerate(files, 1):
+        path = folder / f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        entries, at = {}, 0
+        for name, shape in shapes.items():
+            entries[name] = Entry("BF16", shape, at, at := at + 2 * prod(shape))
+            weight_map[name] = path.name
+        with path.open("wb") as file:
+            file.write(render(entries, {"format": "pt"}))
+            file.truncate(file.tell() + at)
+    index = {"metadata": {"total_size": 2 * model.weights}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_delta(path: Path, base: Path, entries: int) -> SparseDelta:
+    """A random support over all tensors by size, with the base's identity."""
+    checkpoint, rng = Checkpoint(base), np.random.default_rng(0)
+    tensors = {}
+    for name, info in checkpoint.tensors.items():
+        count = rng.binomial(entries, info.numel / checkpoint.total_weights)
+        indices = np.unique(rng.integers(0, info.numel, count))
+        if count:
+            tensors[name] = TensorDelta(
+                name=name,
+                shape=info.shape,
+                dtype=info.dtype,
+                mode="add",
+                indices=indices,
+                values=rng.standard_normal(len(indices)) * 0.01,
+            )
+    identity = identify(checkpoint, {name: tensor.indices for name, tensor in tensors.items()})
+    delta = SparseDelta(tensors=tensors, base=identity)
+    sdelta.save(delta, path)
+    return delta
+
+
+def simulate(size: str, entries: int, folder: Path) -> list[str]:
+    """Rows of the report of one model; its files are gone afterwards."""
+    model = MODELS[size]
+    base, path, out = folder / "base", folder / "delta.sdelta", folder / "merged"
+    pages = cost.merge_in_place(model, entries).written
+    if shutil.disk_usage(folder).free < 2 * pages + SHARD + FREE:
+        raise SystemExit(f"{folder} lacks the room for {entries:,} entries; give --entries less")
+    try:
+        write_model(base, model)
+        delta = write_delta(path, base, entries)
+        files = sorted(base.glob("*.safetensors"))
+        total, jobs = sum(file.stat().st_size for file in files), len(files)
+        told = cost.delta_bytes(delta.nnz, delta.nnz / model.weights, len(delta.tensors))
+        header = f"{total / 1e9:,.0f} GB in {jobs} files, {len(model.tensors):,} tensors"
+        rows = [
+            f"| **{size}**: {header}, {delta.nnz:,} entries | | | | |",
+            f"| the delta | {told / 1e6:,.1f} | {path.stat().st_size / 1e6:,.1f} | | |",
+            _row("inspect", 0, run("inspect", path)),
+            _row("verify --base", 0, run("verify", path, "--base", base)),
+            _row("merge --in-place", pages, run("merge", base, path, "--in-place")),
+            _row("revert", pages, run("revert", base)),
+        ]
+        job = run("merge", base, path, "-o", out, "--shard", f"1/{jobs}")
+        rows.append(_row(f"merge --shard 1/{jobs}", total / jobs, job))
+        rows.append(
+            f"| {jobs} such jobs, one after another | {total / 1e6:,.0f} | | {jobs * job.seconds:,.0f} | |"
+        )
+        return rows
+    finally:
+        for made in folder.iterdir():
+            shutil.rmtree(made) if made.is_dir() else made.unlink()
+
+
+def _row(what: str, told: float, found: Run) -> str:
+    figures = f"{told / 1e6:,.0f} | {found.written / 1e6:,.0f} | {found.seconds:.1f}"
+    print(f"{what}: {found}", file=sys.stderr, flush=True)
+    return f"| {what} | {figures} | {found.peak / 1e6:,.0f} |"
+
+
+def report(sizes: list[str], entries: int, folder: Path | None) -> str:
+    """Arithmetic and measurement side by side, as Markdown."""
+    rows = ["| | MB written: arithmetic | measured | seconds | peak MB |"]
+    rows.append("| --- | ---: | ---: | ---: | ---: |")
+    place = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        for size in sizes:
+            rows += simulate(size, entries, place)
+    finally:
+        shutil.rmtree(place)
+    return "\n".join(rows)
