@@ -157,6 +157,52 @@ def torch_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+@pytest.fixture(scope="module")
+def split(still: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that share the model by FSDP2."""
+    run = tmp_path_factory.mktemp("split") / "run"
+    finish(*train_flags(still, colours, run, **SETTINGS, sharding="fsdp"))
+    return run
+
+
+def test_two_processes_that_share_the_model_train_what_one_does(split: Path, two: Path) -> None:
+    assert_near(split, two)
+    assert logged(split) == logged(two)
+    assert sorted(path.name for path in split.iterdir()) == sorted(p.name for p in two.iterdir())
+
+
+def test_a_killed_rank_of_a_shared_model_costs_nothing_either(
+    still: Path, colours: Path, split: Path, tmp_path: Path
+) -> None:
+    """The same bits by as many processes, and one goes on in their place with the whole model."""
+    run = tmp_path / "run"
+    settings = {**SETTINGS, "save_steps": 1, "sharding": "fsdp"}
+    process = start(*train_flags(still, colours, run, **settings))
+    signal_second(process, signal.SIGKILL, once=r"step [3-9]/12")
+    process.communicate(timeout=300)
+    shutil.copytree(run, tmp_path / "alone")
+    finish(str(run / "config.yaml"), "--resume")
+    for name in ("delta.sdelta", "best.sdelta", "budget-100.sdelta"):
+        assert (run / name).read_bytes() == (split / name).read_bytes(), name
+    config = tmp_path / "alone" / "config.yaml"
+    result = deltakit("train", config, "--resume", "--output-dir", tmp_path / "alone")
+    assert result.exit_code == 0, result.output
+    assert_near(tmp_path / "alone", split)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("adapter", "lora"), ("quantize", "nf4"), ("hessian", "true"), ("lr", "auto")],
+)
+def test_what_needs_the_whole_model_does_not_share_it(
+    setting: str, value: str, still: Path, colours: Path, tmp_path: Path
+) -> None:
+    flags = {**SETTINGS, "sharding": "fsdp", setting: value}
+    result = deltakit("train", *train_flags(still, colours, tmp_path / "run", **flags))
+    assert result.exit_code == 1
+    assert f"sharding fsdp splits the model among processes, and {setting} " in result.stderr
+
+
 def test_what_runs_alone_says_so(
     still: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,8 @@ def factored_rms(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rms = _mean_square(gradient, 1).sqrt()
         return _reciprocal(rms), torch.ones(1, 1, device=gradient.device)
     rows, columns = _mean_square(gradient, 1), _mean_square(gradient, 0)
-    return _reciprocal((rows / rows.mean()).sqrt()), _reciprocal(columns.sqrt())
+    mean = rows.double().mean().float()
+    return _reciprocal((rows / mean).sqrt()), _reciprocal(columns.sqrt())
 
 
 def factored_rms_of_part(
@@ -42,25 +43,27 @@ def factored_rms_of_part(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`factored_rms` of a gradient of which this process holds the rows `part`, [r, C].
 
-    The factors of these rows, and of all columns. total: adds to sums those of the other processes.
-    is_row: the whole gradient is one row, and `part` some of its elements, [1, c].
+    The factors of these rows, and of all columns, rounded where `factored_rms` rounds: where one
+    row alone has a gradient all of its scores are one, but for rounding. total: adds to sums those
+    of the other processes. is_row: the whole gradient is one row, and `part` some of its elements,
+    [1, c].
     """
     if is_row:
         sums = torch.stack([_squares(part, (0, 1)).view(()), _count(part, part.numel())])
         total(sums)
-        return _reciprocal((sums[:1, None] / sums[1]).sqrt().float()), part.new_ones(1, 1).float()
-    rows, columns = _squares(part, 1) / part.shape[1], _squares(part, 0)[0]
-    sums = torch.cat([columns, rows.sum().view(1), _count(part, len(part)).view(1)])
+        rms = (sums[:1, None] / sums[1]).float().sqrt()
+        return _reciprocal(rms), torch.ones(1, 1, device=part.device)
+    rows, columns = _mean_square(part, 1), _squares(part, 0)[0]
+    sums = torch.cat([columns, rows.double().sum().view(1), _count(part, len(part)).view(1)])
     total(sums)
-    columns, mean = sums[:-2] / sums[-1], sums[-2] / sums[-1]
-    return _reciprocal((rows / mean).sqrt().float()), _reciprocal(columns.sqrt().float())[None]
+    columns, mean = (sums[:-2] / sums[-1]).float(), (sums[-2] / sums[-1]).float()
+    return _reciprocal((rows / mean).sqrt()), _reciprocal(columns.sqrt())[None]
 
 
 def _squares(gradient: torch.Tensor, dim: int | tuple[int, int]) -> torch.Tensor:
-    norm: torch.Tensor = torch.linalg.vector_norm(
-        gradient, dim=dim, keepdim=True, dtype=torch.float64
-    )
-    return norm.square()
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dim=dim, keepdim=True, dtype=wide)
+    return norm.double().square()
 
 
 def _count(like: torch.Tensor, number: int) -> torch.Tensor:

@@ -33,6 +33,7 @@ from deltakit.training.presets import PRESETS
 from deltakit.training.pretrained import load_model
 from deltakit.training.reporting import keep_events_in
 from deltakit.training.settings import parse_option
+from deltakit.training.sharded_model import shard_model
 from deltakit.training.step_log import LINES, StepLog
 from deltakit.training.task import Live
 from deltakit.training.trainer import SparseTrainer
@@ -102,13 +103,16 @@ class Subject:
         transformers.set_seed(self.config.seed)
         prepared = self.prepared
         config = self.config
-        return load_model(
+        model = load_model(
             prepared.located,
             prepared.config,
             prepared.problem,
             config.dtype,
             config.quantization,
         )
+        if config.sharding == "fsdp" and count() > 1:
+            shard_model(model)
+        return model
 
     @cached_property
     def adapter(self) -> Attached | None:

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from deltakit.formats.sdelta import save
-
 if TYPE_CHECKING:
     from deltakit.training.trainer import SparseTrainer
 
@@ -35,8 +33,7 @@ class BudgetCheckpoints(TrainerCallback):
         done = {row["budget"] for row in trainer.budget_results}
         for mark in trainer.checkpoint_budgets:
             if mark == trainer.tuner.unmasked and mark < trainer.tuner.budget and mark not in done:
-                if state.is_world_process_zero:
-                    save(trainer.delta(), trainer.budget_path(mark))
+                trainer.write_delta(trainer.budget_path(mark))
                 trainer.log({"budget_entries": float(mark), **self._evaluate()})
 
     def _evaluate(self) -> dict[str, float]:

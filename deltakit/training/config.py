@@ -21,7 +21,7 @@ from deltakit.training.config_run import (
     OptimizationSettings,
     RunSettings,
 )
-from deltakit.training.settings import Setting, parse_option, parse_setting
+from deltakit.training.settings import AUTO, Setting, parse_option, parse_setting
 
 REQUIRED = ("model", "data", "task", "budget", "output_dir")
 
@@ -71,6 +71,8 @@ class TrainConfig(
             )
         if self.quantization is not None and self.hessian:
             raise ConfigError("hessian is measured on full-precision weights; leave out --quantize")
+        if self.sharding != "none":
+            self._check_sharding()
         accepted = self._accepted()
         with_ = f" with heuristic {self.heuristic}" if "heuristic" in accepted else ""
         for name in METHOD_SETTINGS:
@@ -78,6 +80,17 @@ class TrainConfig(
                 raise ConfigError(
                     f"setting {name} does not apply to method {self.method}"
                     f"{with_ if self.heuristic else ''}; docs/settings.md says which settings do"
+                )
+
+    def _check_sharding(self) -> None:
+        """Raise ConfigError for what needs a whole model in one process."""
+        unfit = {"adapter": self.adapter, "quantize": self.quantize, "hessian": self.hessian}
+        unfit["lr"] = self.lr == AUTO
+        for name, given in unfit.items():
+            if given:
+                raise ConfigError(
+                    f"sharding {self.sharding} splits the model among processes, and {name} "
+                    f"{getattr(self, name)} needs it whole; leave one of them out"
                 )
 
     @property

@@ -144,6 +144,12 @@ class OptimizationSettings:
         OPTIMIZATION,
         "how several processes average the gradients that are selected from",
     )
+    sharding: str = setting(
+        "none",
+        one_of("none", "fsdp"),
+        OPTIMIZATION,
+        "what each of several processes holds: the whole model, or its rows of every tensor (FSDP2)",
+    )
     gradient_accumulation: int = setting(
         1, whole(1), OPTIMIZATION, "forward passes per optimizer step"
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from deltakit.formats.checkpoint import Checkpoint
-from deltakit.formats.sdelta import save
+from deltakit.formats.sdelta import load
 from deltakit.parallel.processes import is_first, joined, wait
 from deltakit.training.analysis_report import analyses, plot_unmasking
 from deltakit.training.build import Plan, Subject, build_trainer
@@ -101,10 +101,10 @@ def _train(config: TrainConfig, *, resume: bool, force: bool, say: Say, quiet: b
             "train_seconds": round(time.monotonic() - training, 3),
             "peak_bytes_above_model": memory.above(),
         }
-        evaluation = _last_evaluation(trainer)  # by all processes together
+        evaluation = _last_evaluation(trainer)  # by all processes together, ...
+        trainer.write_delta(folder.delta)  # ... and this
         if not is_first():
             return Outcome({}, None, trainer.state.global_step)
-        save(trainer.delta(), folder.delta)
         record = _results(config, subject, trainer, folder, evaluation)
     record |= {**cost, "seconds": round(time.monotonic() - started, 3)}
     plot(record, folder.plot)
@@ -126,7 +126,7 @@ def _results(
 ) -> dict[str, Any]:
     """The content of metrics.json; evaluation: the record of the one at the end."""
     prepared, base = subject.prepared, subject.base
-    delta = trainer.delta()
+    delta = load(folder.delta)
     step = trainer.state.global_step
     names = prepared.problem.metric_names
     last = _result(evaluation, step, names, folder.delta)

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from deltakit.delta import SparseDelta
 from deltakit.errors import ConfigError, MissingFileError, TrainingError
-from deltakit.formats.sdelta import save
 from deltakit.parallel.processes import wait
 from deltakit.parallel.unwrapped import unwrapped
 from deltakit.selection.fixed import Unresolved
@@ -25,13 +25,13 @@ from deltakit.training.loss_scale import divides_by_count
 from deltakit.training.lr_auto import search_rate
 from deltakit.training.lr_search import LrSearch
 from deltakit.training.meter import Meter
+from deltakit.training.state_files import STATE_FILE, read_states, write_part
 from deltakit.training.tuner import SparseTuner
 
 _PASSED = (
     *("age", "base", "init_delta", "avoid", "optimizer", "optimizer_options", "adapter", "masked"),
     *("exchange", "model_id", "revision", "config", "provenance"),
 )
-STATE_FILE = "optimizer.pt"  # the Trainer's own name; it holds the support and values too
 
 
 class SparseTrainer(Trainer):
@@ -115,6 +115,10 @@ class SparseTrainer(Trainer):
         """The entries trained so far, as a delta; TrainingError before `train`."""
         return self.tuner.delta()
 
+    def write_delta(self, path: Path) -> None:
+        """Write the entries trained so far; of several processes, which call together, the first."""
+        self.tuner.save(path)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train`; on SIGINT or SIGTERM stop after the step, saved."""
         self.interrupted = self.interrupted_checkpoint = None
@@ -139,6 +143,7 @@ class SparseTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer.log`, with entries, seconds and, beside a loss, throughput and memory."""
         if self._tuner is not None:
+            self._tuner.engine.clipping.check()
             logs |= {"entries": self._tuner.unmasked, "seconds": round(self._meter.seconds, 3)}
             if "loss" in logs:
                 logs |= self._meter.reading()
@@ -199,10 +204,12 @@ class SparseTrainer(Trainer):
         known = self._tuner_options.get("provenance") or {}
         self._tuner_options["provenance"] = {**known, "lr": rate, "lr_auto": reason}
 
-    def _clip_grad_norm(self, model: torch.nn.Module) -> float:
+    def _clip_grad_norm(self, model: torch.nn.Module) -> float | torch.Tensor:
         return self.tuner.engine.finish_gradients()
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: float | None = None) -> float:
+    def _get_grad_norm(
+        self, model: torch.nn.Module, grad_norm: float | None = None
+    ) -> float | torch.Tensor:
         return self.tuner.engine.finish_gradients()
 
     def _save(
@@ -210,7 +217,25 @@ class SparseTrainer(Trainer):
     ) -> None:
         folder = Path(output_dir or os.fspath(self.args.output_dir or "."))
         folder.mkdir(parents=True, exist_ok=True)
-        save(self.delta(), folder / "delta.sdelta")
+        self.write_delta(folder / "delta.sdelta")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the delta; where each process holds a part of the model, all call together."""
+        if self.tuner.is_sharded:
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.tuner.is_sharded:
+            write_part(self.tuner.state_dict(), Path(output_dir), self.args.process_index)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.tuner.load_state_dict(read_states(Path(checkpoint)))
+            scheduler = Path(checkpoint) / SCHEDULER_NAME
+            self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -230,8 +255,7 @@ class SparseTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         if self.interrupted is None and self.state.best_model_checkpoint is not None:
-            path = Path(self.state.best_model_checkpoint) / STATE_FILE
-            self.tuner.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            self.tuner.load_state_dict(read_states(Path(self.state.best_model_checkpoint)))
 
 
 def _refuse_unsupported(args: TrainingArguments) -> None:
@@ -243,6 +267,9 @@ def _refuse_unsupported(args: TrainingArguments) -> None:
             f"--nproc-per-node {args.n_gpu} ...), or set CUDA_VISIBLE_DEVICES to one"
         )
     if args.deepspeed or args.fsdp:
-        raise ConfigError("DeepSpeed and FSDP are not supported yet; every process holds the model")
+        raise ConfigError(
+            "DeepSpeed and the Trainer's own fsdp are not supported; give SparseTrainer a model that "
+            "torch.distributed.fsdp.fully_shard has split, and leave these arguments out"
+        )
     if args.save_only_model:
         raise ConfigError("save_only_model=True leaves nothing to resume from; leave it off")

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from deltakit.formats.sdelta import save
-
 if TYPE_CHECKING:
     from deltakit.training.trainer import SparseTrainer
 
@@ -65,8 +63,7 @@ class BestDelta(TrainerCallback):
             return
         best = self.best()
         if best is state.log_history[-1]:
-            if state.is_world_process_zero:
-                save(self.trainer.delta(), self.path)
+            self.trainer.write_delta(self.path)
         elif self.patience is not None and self.evaluations_since(best) >= self.patience:
             control.should_training_stop = True
 
