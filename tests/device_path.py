@@ -26,6 +26,8 @@ import deltakit as dk
 from deltakit.errors import TrainingError
 from deltakit.kernels import dispatch
 from deltakit.parallel.ranks import Ranks
+from deltakit.selection.d3 import D3
+from deltakit.selection.pools import Pools
 from deltakit.training.engine import Engine
 from deltakit.training.entries import Entries, Target
 from deltakit.training.extra import make_extra
@@ -146,7 +148,7 @@ def trainer(
     names = [name for name in live if not name.startswith("head")]
     targets = [Target(i, n, n, live[n]) for i, n in enumerate(names)]
     torch.manual_seed(1)
-    chosen = [torch.randperm(t.numel)[: max(1, t.numel // 9)] for t in targets]
+    chosen = [torch.randperm(t.numel)[: max(1, t.numel // 20)] for t in targets]
     entries = Entries(targets, sum(len(each) for each in chosen))
     for number, (target, indices) in enumerate(zip(targets, chosen, strict=True)):
         entries.add(target, indices, -number)  # ages that differ
@@ -263,6 +265,26 @@ def test_a_tuner_tells_it_with_the_delta() -> None:
     tuner.step()
     with pytest.raises(TrainingError, match="step 0: the gradient"):
         tuner.delta()
+
+
+@pytest.mark.parametrize("exp", [0.0, 1.3])
+def test_a_device_selects_what_a_cpu_does(exp: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same entries in the same order, ties and all; a second offer is cut by the first."""
+    torch.manual_seed(0)
+    gradients = [torch.randint(-9, 9, (rows, 70)) / 8 for rows in (5, 40, 40)]
+    weights = [torch.randn(gradient.numel()) for gradient in gradients]
+    found = []
+    for interpreted in (True, False):
+        monkeypatch.setattr(dispatch, "INTERPRETED", interpreted)
+        pools = Pools(D3(1.0, exp), [weight.numel() for weight in weights])
+        pools.open(300)
+        for number in (1, 0, 2):
+            bounds = tuple(end.abs().item() for end in weights[number].abs().aminmax())
+            pools.offer(number, gradients[number], weights[number], bounds, "w")
+        found.append(pools.best(lambda number: np.zeros(0, np.int64)))
+    for (tensor, *parts), (reference, *expected) in zip(*found, strict=True):
+        assert tensor == reference
+        assert all(torch.equal(a, b) for a, b in zip(parts, expected, strict=True))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.9, 0.999])

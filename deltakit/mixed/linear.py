@@ -4,7 +4,8 @@ The base layer does its own work first, on weights of any kind, quantised ones t
 entries takes part in one gather, multiplication and scatter over all rows; one with many has a
 sparse matrix of its own, whose product pays two transpositions of activations. The crossover was
 measured on a prototype, one CPU thread, 16 x 64 tokens, float32: 4.3 ns per entry and token against
-3 ns per feature and token (layers of 1024 features; at 1 % density 64 ms against 8 ms).
+3 ns per feature and token (layers of 1024 features; at 1 % density 64 ms against 8 ms). Where
+Triton's kernels work (`kernels.dispatch`) one of them takes all tasks together.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from typing import Any
 
 import torch
 
+from deltakit.kernels.dispatch import by_triton, runs_ahead
 from deltakit.mixed.changes import Change
 from deltakit.mixed.rows import Rows, select
 
 BUFFER = 2**18  # elements gathered at once: 1 MiB in float32 stays in the cache
 GATHERED = 0.7  # of a layer's input and output features: entries up to which a task is gathered
 SCATTERED = 0.125  # of a bias: up to this share its columns are added to one by one
+
+
+Entries = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # output, input features, values: [n]
 
 
 class BatchedLinear:
@@ -42,14 +47,17 @@ class BatchedLinear:
     ) -> None:
         self.name = name
         self._products: dict[int, torch.Tensor] = {}
-        light: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        light: dict[int, Entries] = {}
+        packs = any(by_triton(change.difference) for change in weights.values())
         for task, change in weights.items():
             out, column = _coordinates(change.indices, shape, transposed=transposed)
-            if len(out) <= GATHERED * sum(shape):
+            if packs or len(out) <= GATHERED * sum(shape):
                 light[task] = out, column, change.difference
             else:
                 self._products[task] = _compressed(out, column, change.difference, shape)
-        self._gathered = _Gathered(light, tasks) if light else None
+        self._together: _Packed | _Gathered | None = None
+        if light:
+            self._together = (_Packed if packs else _Gathered)(light, tasks)
         self._bias = _Bias(biases, shape[0], tasks) if biases else None
 
     def __call__(
@@ -60,8 +68,8 @@ class BatchedLinear:
         wide = output.to(torch.promote_types(output.dtype, torch.float32))
         x = rows.chunks(inputs, self.name).reshape(len(rows), -1, inputs.shape[-1])
         y = wide.reshape(len(rows), -1, wide.shape[-1])
-        if self._gathered is not None:
-            self._gathered.add(rows, x, y)
+        if self._together is not None:
+            self._together.add(rows, x, y)
         for task, members in rows.groups(self._products):
             _add_product(self._products[task], members, x, y)
         if self._bias is not None:
@@ -69,14 +77,23 @@ class BatchedLinear:
         return y.view_as(output).to(output.dtype)
 
 
+class _Packed:
+    """Entries of all tasks, for a kernel that takes them one after another."""
+
+    def __init__(self, entries: Mapping[int, Entries], tasks: int) -> None:
+        from deltakit.kernels.batched_rows import Packed
+
+        self._packed = Packed.of(entries, tasks)
+
+    def add(self, rows: Rows, x: torch.Tensor, y: torch.Tensor) -> None:
+        """y [rows, n, out] += S x, for x [rows, n, in]."""
+        self._packed.add(rows.numbers(x.device), x, y)
+
+
 class _Gathered:
     """Entries of the light tasks, padded to the fullest with zeros: [tasks + 1, 1, entries]."""
 
-    def __init__(
-        self,
-        entries: Mapping[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-        tasks: int,
-    ) -> None:
+    def __init__(self, entries: Mapping[int, Entries], tasks: int) -> None:
         values = next(iter(entries.values()))[2]
         self.counts = [len(entries[task][2]) if task in entries else 0 for task in range(tasks + 1)]
         shape = (tasks + 1, 1, max(self.counts))
@@ -106,7 +123,17 @@ class _Gathered:
                 outputs = y[part, first : first + tokens]
                 size = (len(chosen), inputs.shape[1], widest)
                 terms = inputs.gather(2, column.expand(size)).to(y.dtype)
-                outputs.scatter_add_(2, out.expand(size), terms.mul_(values))
+                _add_at(outputs, out.expand(size), terms.mul_(values))
+
+
+def _add_at(outputs: torch.Tensor, at: torch.Tensor, terms: torch.Tensor) -> None:
+    """outputs [rows, n, out] += terms [rows, n, k] at positions of the same shape."""
+    if not runs_ahead(outputs):
+        outputs.scatter_add_(2, at, terms)
+        return
+    # scatter_add_ adds in any order on a device, index_put_ sorts first.
+    row, token = (torch.arange(size, device=at.device) for size in at.shape[:2])
+    outputs.index_put_((row[:, None, None], token[:, None], at), terms, accumulate=True)
 
 
 class _Bias:

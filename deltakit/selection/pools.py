@@ -9,6 +9,7 @@ import torch
 
 from deltakit.dtypes import Array
 from deltakit.errors import TrainingError
+from deltakit.kernels.dispatch import by_triton
 from deltakit.parallel.global_best import Candidates, in_order, winners
 from deltakit.parallel.ranks import Ranks
 from deltakit.selection.heuristics import StepScore
@@ -124,8 +125,9 @@ class Pools:
         magnitude = scored.abs()
         if self.score.least_gradient(1.0, *bounds) == 1.0:  # the score is the magnitude itself
             pool.raise_threshold(magnitude)
-        near = _where_at_least(magnitude, self.score.least_gradient(pool.threshold, *bounds))
-        scores = self.score.score(scored[near], weight[start + near])
+        bound = self.score.least_gradient(pool.threshold, *bounds)
+        near, found = _where_at_least(scored, magnitude, bound)
+        scores = self.score.score(found, weight[start + near])
         pool.raise_threshold(scores)
         good = scores >= pool.threshold
         near = near[good]
@@ -216,7 +218,16 @@ class PoolSelector(Selector):
         return self._pools.magnitude(gradient)
 
 
-def _where_at_least(magnitude: torch.Tensor, bound: float) -> torch.Tensor:
+def _where_at_least(
+    scored: torch.Tensor, magnitude: torch.Tensor, bound: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the magnitude [n] of what is scored reaches a bound, in order, and what is there."""
+    if by_triton(scored):
+        from deltakit.kernels.at_least import at_least
+
+        return at_least(scored, bound)
     if magnitude.device.type == "cpu":  # NumPy's flatnonzero is several times faster than torch's
-        return torch.from_numpy(np.flatnonzero((magnitude >= bound).numpy()))
-    return (magnitude >= bound).nonzero().view(-1)
+        near = torch.from_numpy(np.flatnonzero((magnitude >= bound).numpy()))
+    else:
+        near = (magnitude >= bound).nonzero().view(-1)
+    return near, scored[near]

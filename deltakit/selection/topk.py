@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from deltakit.kernels.dispatch import runs_ahead
+
 SMALLEST = 1.401298464324817e-45  # the least positive float32: zero scores are not streamed
 SLACK = 256  # entries beyond 2 k that may gather before the pool is cut back to k
 SAMPLE_STRIDE = 16
@@ -66,7 +68,16 @@ class TopK:
             columns = [column[scores >= kth] for column in columns]
             self.threshold = max(self.threshold, kth.item())
         scores, owners, indices, gradients = columns
-        keys = tuple(a.cpu().numpy() for a in (indices, owners, -scores))
-        order = torch.from_numpy(np.lexsort(keys)[: self.k]).to(scores.device)
+        order = _tie_order(scores, owners, indices)[: self.k]
         self._parts = [(scores[order], owners[order], indices[order], gradients[order])]
         self._count = len(order)
+
+
+def _tie_order(scores: torch.Tensor, owners: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Positions [n] by higher score, then earlier tensor, then lower index."""
+    if not runs_ahead(scores):  # NumPy has one sort for all three on a CPU
+        return torch.from_numpy(np.lexsort((indices.numpy(), owners.numpy(), -scores.numpy())))
+    order = indices.argsort(stable=True)
+    for key in (owners, -scores):
+        order = order[key[order].argsort(stable=True)]
+    return order
