@@ -35,11 +35,13 @@ class Checkpoint:
     `index` the index file, or None; `shards` are the weight files by name, for a directory of
     torch.distributed.checkpoint those that would hold its tensors; `directory` is None for a lone file; `journal` is the place of the
     folder that tells of merges into these files; `named_after` is what outputs made of it stand
-    beside and are named after; `notes` says what was found but not used.
+    beside and are named after; `is_dcp` says whether it is a directory of
+    torch.distributed.checkpoint; `notes` says what was found but not used.
     Everything about the files is checked here: headers, sizes, and that index and shards agree.
     Raises MissingFileError, HubError, FormatError, and JournalError for a merge that has not ended.
     """
 
+    is_dcp = False
     _made_index: tuple[str, bytes] | None = None
 
     def __init__(
@@ -87,6 +89,7 @@ class Checkpoint:
         self._open(located, found.shards)
         self.files = found.files
         self.notes.extend(found.notes)
+        self.is_dcp = True
         self._made_index = found.index()
 
     def __str__(self) -> str:

@@ -92,6 +92,15 @@ def test_inspecting_a_file_loads_nothing_heavy(sample: Path) -> None:
     assert loaded_after(code, sample.parent) == []
 
 
+def test_reading_what_torch_distributed_saved_loads_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "from deltakit.formats.checkpoint import Checkpoint\n"
+        f"base = Checkpoint({str(ROOT / 'tests' / 'dcp' / 'torch-2.13')!r})\n"
+        "assert base.read('weight').size == base.info('weight').numel == 15"
+    )
+    assert loaded_after(code, tmp_path) == []
+
+
 @pytest.mark.parametrize("module", ["deltakit", "deltakit.cli"])
 def test_modules_run_as_the_command(module: str, sample: Path) -> None:
     done = run("-m", module, "inspect", sample.name, cwd=sample.parent)

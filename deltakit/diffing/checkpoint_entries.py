@@ -10,6 +10,7 @@ import numpy as np
 
 from deltakit.delta import TensorDelta
 from deltakit.diffing.grown_rows import appended_to, has_grown, rows_name
+from deltakit.diffing.tied import tied
 from deltakit.dtypes import DTYPES, Array
 from deltakit.errors import CoordinateError, DeltaError
 from deltakit.formats.checkpoint import Checkpoint
@@ -25,7 +26,8 @@ class Sides:
     """A base and its tuned form, matched by tensor names.
 
     shared: tensors of both, in tensor order. grown: those of them that have more rows in the tuned
-    form. added: tensors that only the tuned form has. lacking: those that only the base has.
+    form. added: tensors that only the tuned form has. lacking: those that only the base has. tied:
+    tensors that the tuned form has twice, and the base once (see `deltakit.diffing.tied`).
     """
 
     base: Checkpoint
@@ -34,6 +36,7 @@ class Sides:
     grown: tuple[str, ...]
     added: tuple[str, ...]
     lacking: tuple[str, ...]
+    tied: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,7 +127,7 @@ class Sides:
 
 
 def match(base: Checkpoint, tuned: Checkpoint, *, ignore_missing: bool = False) -> Sides:
-    """The two checkpoints tensor by tensor, checked by their headers alone.
+    """The two checkpoints tensor by tensor, checked by their headers, and read where ties may be.
 
     Raises CoordinateError for tensors that `tuned` lacks (unless ignored) or has in a shape that
     is not the base's with rows appended, and DeltaError for tensors of another dtype.
@@ -139,13 +142,15 @@ def match(base: Checkpoint, tuned: Checkpoint, *, ignore_missing: bool = False) 
     shared = tuple(name for name in base.names if name in tuned.tensors)
     grown = tuple(name for name in shared if _has_grown(base, tuned, name))
     added = tuple(name for name in tuned.names if name not in base.tensors)
+    twins = tuple(tied(base, tuned, shared, added))
+    added = tuple(name for name in added if name not in twins)
     for name in added:
         if appended_to(name) is not None:
             raise DeltaError(
                 f"{tuned.path} has a tensor called {name!r}, a name that deltas give to rows "
                 "appended to a tensor; rename it"
             )
-    return Sides(base, tuned, shared, grown, added, lacking)
+    return Sides(base, tuned, shared, grown, added, lacking, twins)
 
 
 def _has_grown(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:

@@ -74,6 +74,11 @@ def report_of(
             f"positions in {_some(whole)} are coded densely (in nothing or one bit per element), "
             "which is smaller than coordinates"
         )
+    if sides.tied:
+        notes.append(
+            f"{_some(sides.tied)} of the tuned side is another tensor of it once more (tied), so it "
+            "is left out"
+        )
     if sides.lacking:
         notes.append(f"the tuned side lacks {_some(sides.lacking)}, which stay as in the base")
     if sides.grown:
