@@ -8,11 +8,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 
 from deltakit.errors import DeltakitError, MissingFileError, OutputError, OutputExistsError
 from deltakit.formats.locks import try_lock
 
 _TEMPORARY = ".deltakit.tmp"  # so that no other program's files are taken for ours
+_UMASK = Lock()  # two threads that set it at once would leave it set
 
 
 @contextmanager
@@ -37,9 +39,7 @@ def placing(target: Path) -> Iterator[Path]:
     _remove_stale(target)
     with _temporary(target) as temporary:
         try:
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; outputs are ordinary
+            temporary.chmod(0o666 & ~umask())  # mkstemp makes files private; outputs are ordinary
             yield temporary
             sync(temporary)
             temporary.replace(target)
@@ -67,6 +67,14 @@ def _temporary(target: Path) -> Iterator[Path]:
     finally:
         if locked:
             os.close(handle)
+
+
+def umask() -> int:
+    """The bits of permissions that new files do not get; it can only be read by setting it."""
+    with _UMASK:
+        found = os.umask(0)
+        os.umask(found)
+        return found
 
 
 def remove_temporaries(folder: Path) -> None:

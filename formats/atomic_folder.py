@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deltakit.errors import MissingFileError
-from deltakit.formats.atomic import describing, sync
+from deltakit.formats.atomic import describing, sync, umask
 
 
 @contextmanager
@@ -39,9 +39,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _beside(target: Path, suffix: str) -> Path:
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=suffix, dir=target.parent))
-    umask = os.umask(0)
-    os.umask(umask)
-    made.chmod(0o777 & ~umask)  # mkdtemp makes folders private; outputs are ordinary folders
+    made.chmod(0o777 & ~umask())  # mkdtemp makes folders private; outputs are ordinary folders
     return made
 
 

@@ -60,7 +60,10 @@ class SharedFolder:
             unlock(self._handle)  # for all to see, should the next lock be refused
             if try_lock(self._handle) is False:
                 return False
-        return self.is_there
+        if self.is_there:
+            list(self.path.iterdir())  # network file systems look for what others wrote just now
+            return True
+        return False
 
     def publish(self, names: Iterable[str]) -> bool:
         """Move the folder onto the target, once it `is_alone`; whether it was this process that did.
@@ -79,7 +82,8 @@ class SharedFolder:
 
 @contextmanager
 def joined_folder(path: str | os.PathLike[str], key: str) -> Iterator[SharedFolder | None]:
-    """Take part in the work `key` on `path`; None where it is done and in its place.
+    """Take part in the work `key` on `path`; None where it is done and in its place. A block whose
+    folder another process puts there meanwhile just ends.
 
     key: as for `deltakit.formats.partial_folder.resuming_folder`, whose work this goes on with, and
     which goes on with this. What was finished stays there, whatever happens. Raises
@@ -109,7 +113,9 @@ def joined_folder(path: str | os.PathLike[str], key: str) -> Iterator[SharedFold
                 return
             try:
                 yield folder
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, FileNotFoundError) and is_marked(target, key):
+                    return  # without locks another process may publish what this one still writes
                 if folder.is_alone():
                     with suppress(OSError):  # unless something is in it
                         partial.rmdir()

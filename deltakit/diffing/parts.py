@@ -77,7 +77,8 @@ class PartedDiff:
         """The parts that are still to come before they can be joined."""
         if self.is_joined:
             return []
-        gone = [path for path in self.paths if not path.is_file()]
+        there = set(self._out.parent.iterdir())  # network file systems look for the newest then
+        gone = [path for path in self.paths if path not in there]
         return gone or [path for path in self.paths if not self._is_part(path)]
 
     def join(self) -> tuple[SdeltaStream, int] | None:
@@ -87,7 +88,7 @@ class PartedDiff:
         done it.
         """
         try:
-            with _locked(self.paths[0]) as is_mine:
+            with _locked(self._out.with_name(f".{self._out.name}.{self._key}.joining")) as is_mine:
                 if self.is_joined or not is_mine:
                     return None
                 with sdelta_stream(self._out) as stream:
@@ -130,9 +131,15 @@ class PartedDiff:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Whether this process got the lock of a file, for the length of a `with`, or none is needed."""
-    handle = os.open(path, os.O_RDONLY)
+    """Whether this process has a lock for itself, or none is needed, for the length of a `with`.
+
+    path: of a file that is there meanwhile. Who comes when it is removed finds the work done.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    is_mine = try_lock(handle) is not False
     try:
-        yield try_lock(handle) is not False
+        yield is_mine
     finally:
+        if is_mine:
+            path.unlink(missing_ok=True)
         os.close(handle)

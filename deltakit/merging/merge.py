@@ -102,8 +102,8 @@ def merge(
     head: which delta's extras and configuration win where several differ, by position or path.
     progress: called with (bytes done, bytes in all), perhaps by other threads. workers: threads that
     write a folder's weight files, one each; by default as many as there are processors, at most 4.
-    A merge into a folder that was killed is gone on with by the next one with the same inputs: weight
-    files that are whole are kept.
+    A merge into a folder that was killed, or to which the Hub was lost, is gone on with by the next one
+    with the same inputs: weight files that are whole are kept.
 
     shard: (i, n) or "i/n" makes this job i of n, counted from 1, of a job array. The jobs run in any
     order, together or not, on machines that share a file system. Each merges its own share of the

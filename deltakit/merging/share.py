@@ -9,7 +9,7 @@ from deltakit.errors import ConfigError, OutputError
 from deltakit.formats.atomic import refuse_existing
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.partial_folder import is_whole
-from deltakit.formats.shared_folder import joined_folder
+from deltakit.formats.shared_folder import SharedFolder, joined_folder
 from deltakit.merging.base_values import check_arrived
 from deltakit.merging.files import WeightFile
 from deltakit.merging.inputs import Input
@@ -85,27 +85,38 @@ class MergeJob:
 
         progress, workers: as for `deltakit.merging.output.write_output`, of its own files.
         """
+        own = [file for file in writing.weights if file.name in self.files]
+        with joined_folder(self._output.path, merge_key(plan, writing)) as folder:
+            if folder is not None:
+                return self._take_part(folder, own, writing, plan, progress, workers)
+        return self._report(len(writing.weights), [], own, [], published=False)
+
+    def _take_part(
+        self,
+        folder: SharedFolder,
+        own: Sequence[WeightFile],
+        writing: Writing,
+        plan: Plan,
+        progress: Progress | None,
+        workers: int | None,
+    ) -> ShareReport:
         path, files = self._output.path, writing.weights
-        own = [file for file in files if file.name in self.files]
-        with joined_folder(path, merge_key(plan, writing)) as folder:
-            if folder is None:
-                return self._report(len(files), [], own, [], published=False)
-            refuse_existing(path, self._force)
-            finished = [file for file in own if is_whole(folder.path / file.name, file.size)]
-            rest = [file for file in own if file not in finished]
-            if folder.is_busy and rest:
-                raise OutputError(f"another process is writing {path}; wait for it, or stop it")
-            check_space(path, sum(file.size for file in rest))
-            write_weights(own, finished, plan, folder.path, progress, workers)
-            alone = folder.is_alone()
-            missing = [file for file in files if not is_whole(folder.path / file.name, file.size)]
-            if not folder.is_there:
-                missing = []  # as it was moved to its place
-            published = alone and not missing
-            if published:
-                write_small(writing, folder.path)
-                published = folder.publish([file.name for file in files])
-            return self._report(len(files), rest, finished, missing, published=published)
+        refuse_existing(path, self._force)
+        finished = [file for file in own if is_whole(folder.path / file.name, file.size)]
+        rest = [file for file in own if file not in finished]
+        if folder.is_busy and rest:
+            raise OutputError(f"another process is writing {path}; wait for it, or stop it")
+        check_space(path, sum(file.size for file in rest))
+        write_weights(own, finished, plan, folder.path, progress, workers)
+        alone = folder.is_alone()
+        missing = [file for file in files if not is_whole(folder.path / file.name, file.size)]
+        if not folder.is_there:
+            missing = []  # as it was moved to its place
+        published = alone and not missing
+        if published:
+            write_small(writing, folder.path)
+            published = folder.publish([file.name for file in files])
+        return self._report(len(files), rest, finished, missing, published=published)
 
     def _report(
         self,
