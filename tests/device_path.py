@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from device_lab import TOKENS, Net, merged, same, train, trainer
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.pytorch_utils import Conv1D
 
 import deltakit as dk
 from deltakit.errors import TrainingError
@@ -28,16 +28,10 @@ from deltakit.kernels import dispatch
 from deltakit.parallel.ranks import Ranks
 from deltakit.selection.d3 import D3
 from deltakit.selection.pools import Pools
-from deltakit.training.engine import Engine
-from deltakit.training.entries import Entries, Target
-from deltakit.training.extra import make_extra
-from deltakit.training.fixed_support import FixedSupport
 from deltakit.training.gradient_path import GradientPath
-from deltakit.training.optimizer import SparseAdamW
 
 assert dispatch.INTERPRETED
 BY_TRITON = os.environ.get("DELTAKIT_KERNELS") != "torch"
-TOKENS = torch.tensor([[1, 2, 3, 3, 29], [0, 7, 7, 2, 11], [5, 4, 3, 2, 1]])
 
 # What makes the host wait for a device: numbers and shapes that only the device knows, and values
 # of the host that are copied there (torch.tensor and its kin show as lift_fresh).
@@ -118,59 +112,6 @@ def test_the_judge_sees_what_waits(waits: Callable[[torch.Tensor], object]) -> N
         waits(torch.randn(4))
 
 
-class Net(nn.Module):
-    """All that has a tap, tensors that have none, and a head."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(30, 16, padding_idx=2)
-        self.up = nn.Linear(16, 40)
-        self.down = Conv1D(16, 40)
-        self.norm = nn.LayerNorm(16)
-        self.head = nn.Linear(16, 5)
-        nn.init.normal_(self.down.weight, std=0.2)
-        self.to(dtype)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden = self.norm(self.down(self.up(self.embed(tokens)).relu_()))
-        out: torch.Tensor = self.head(hidden)
-        return out
-
-
-def trainer(
-    path: GradientPath, dtype: torch.dtype = torch.float32, ranks: Ranks | None = None
-) -> tuple[Net, SparseAdamW]:
-    """A fixed support in every tensor but the head, which is an extra."""
-    model = Net(dtype)
-    live = dict(model.named_parameters())
-    extras = [make_extra(n, p) for n, p in live.items() if n.startswith("head")]
-    names = [name for name in live if not name.startswith("head")]
-    targets = [Target(i, n, n, live[n]) for i, n in enumerate(names)]
-    torch.manual_seed(1)
-    chosen = [torch.randperm(t.numel)[: max(1, t.numel // 20)] for t in targets]
-    entries = Entries(targets, sum(len(each) for each in chosen))
-    for number, (target, indices) in enumerate(zip(targets, chosen, strict=True)):
-        entries.add(target, indices, -number)  # ages that differ
-    engine = Engine(entries, extras, None, model=model, max_grad_norm=0.05, ranks=ranks)
-    if engine._fixed:
-        engine._fixed.close()
-
-    def choose(layer: nn.Module, target: Target) -> GradientPath:
-        return "sampled" if isinstance(layer, nn.Embedding) else path
-
-    engine._fixed = FixedSupport(model, entries, choose)
-    optimizer = SparseAdamW(engine, lr=3e-2, extras_lr=1e-2, weight_decay=0.01)
-    return model, optimizer
-
-
-def train(model: Net, optimizer: SparseAdamW, steps: int) -> None:
-    for _ in range(steps):
-        logits = model(TOKENS).float()
-        nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS.flatten() % 5).backward()
-        optimizer.step()
-
-
 PATHS: list[GradientPath] = ["sampled", "submatrix", "dense"]
 
 
@@ -205,7 +146,7 @@ def test_steps_that_exchange_gradients_never_wait(alone: Ranks) -> None:
     assert averaging.stopping
     reference, by_itself = trainer("sampled")
     train(reference, by_itself, 4)
-    assert _same(model, reference)
+    assert same(model, reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -220,23 +161,15 @@ def test_a_device_trains_what_a_cpu_does(
         model, optimizer = trainer(path, dtype)
         train(model, optimizer, 3)
         made.append((model, optimizer))
-    assert _same(made[0][0], made[1][0])
+    assert same(made[0][0], made[1][0])
     entries, reference = (each[1].engine.entries for each in made[1:])
     narrow = dtype != torch.float32  # a weight that rounds otherwise moves the next gradients
     torch.testing.assert_close(
         entries.values, reference.values, rtol=0, atol=2e-2 if narrow else 2e-5
     )
-    merged = (entries.base + (entries.values + 0.0)).detach()
     untouched = dict(Net(dtype).named_parameters())
     for target in entries.targets:
-        expected = untouched[target.name].detach().clone().view(-1)
-        expected[target.indices] = merged[target.slots].to(dtype)
-        assert torch.equal(target.flat, expected)
-
-
-def _same(model: nn.Module, other: nn.Module) -> bool:
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
+        assert torch.equal(target.flat, merged(target, entries, untouched[target.name]))
 
 
 @pytest.mark.parametrize("largest", [None, 0.05])

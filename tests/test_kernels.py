@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from deltakit.kernels import dispatch
+from deltakit.training.gradient_path import product_path
 
 HERE = Path(__file__).parent
 TARGETS = {80: "bhf", 90: "b"}  # A100 and H100: compute capability -> dtypes of activations
@@ -69,6 +70,17 @@ def test_cpus_need_no_triton() -> None:
     """A fixed support and a selection where it cannot be imported, and no kernel is."""
     clean = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True, env=clean)
+
+
+def test_sampled_products_pay_later_on_devices() -> None:
+    """By the reckoned costs: a quarter of a percent in 16 bits, and never for small matrices."""
+    everywhere = {"rows": 4096, "columns": 4096, "on_cpu": False}
+    for bits, crossover in ((32, 0.0244), (16, 0.0026)):
+        below, above = (round(4096**2 * crossover * f) for f in (0.9, 1.1))
+        assert product_path((4096, 4096), below, **everywhere, bits=bits) == "sampled"
+        assert product_path((4096, 4096), above, **everywhere, bits=bits) == "dense"
+    assert product_path((512, 512), 10, 10, 10, bits=16, on_cpu=False) == "dense"
+    assert product_path((4096, 4096), 64 * 64, 64, 64, bits=16, on_cpu=False) == "submatrix"
 
 
 def test_torch_can_be_told_to_do_it_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,8 @@ def cheapest(layer: torch.nn.Module, target: Target) -> GradientPath:
         return embedding_path((height, width), nnz)
     positions = target.indices // width, target.indices % width
     rows, columns = (len(torch.unique(at)) for at in positions)
-    bits = torch.finfo(target.parameter.dtype).bits
-    return product_path((height, width), nnz, rows, columns, bits=bits)
+    bits, on_cpu = torch.finfo(target.parameter.dtype).bits, target.parameter.device.type == "cpu"
+    return product_path((height, width), nnz, rows, columns, bits=bits, on_cpu=on_cpu)
 
 
 def bias_is_sparse(target: Target) -> bool:
