@@ -42,6 +42,11 @@ class SharedFolder:
         self.is_busy = handle is not None and not _shares(handle)
 
     @property
+    def is_done(self) -> bool:
+        """Whether another process has put the folder in its place."""
+        return is_marked(self._target, self._key)
+
+    @property
     def is_there(self) -> bool:
         """Whether the folder is still the one that this process joined."""
         if self._handle is None:

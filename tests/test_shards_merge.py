@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from checkpoint_factory import write_safetensors
 from click.testing import CliRunner
+from fold_lab import LORA, adapter_on
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from merge_reference import adding, only
 from shard_lab import SIZES, arrays, ended, files_of, make_base, make_delta, start
 
 import deltakit as dk
@@ -334,3 +336,27 @@ def test_the_command(tmp_path: Path, base: Path, delta: Path) -> None:
     code, out, _ = run("--shard", "2/2")
     assert (code, out.endswith("finished before; complete\n")) == (0, True)
     assert len(SIZES) == len(list((tmp_path / "out").glob("*.safetensors")))
+
+
+def test_adapters_are_folded_by_jobs_too(tmp_path: Path) -> None:
+    """Into their own files, together with a delta of weights and one that stays in memory."""
+    rng = np.random.default_rng(5)
+    shapes = {"a.weight": (10, 14), "b.weight": (6, 14), "c.bias": (10,)}
+    shards = [{name: rng.normal(0, 1, shape).astype(np.float32)} for name, shape in shapes.items()]
+    base = make_base(tmp_path / "base", shards)
+    modules = {
+        name: {"lora_A.weight": (4, 14), "lora_B.weight": (rows, 4)}
+        for name, rows in (("a", 10), ("b", 6))
+    }
+    config = {**LORA, "fan_in_fan_out": False}
+    dk.save(adapter_on(base, modules, config=config), tmp_path / "adapter.sdelta")
+    dk.save(only(adding("b.weight", shards[1]["b.weight"], rng, 9)), tmp_path / "w.sdelta")
+    given = [
+        tmp_path / "adapter.sdelta",
+        only(adding("a.weight", shards[0]["a.weight"], rng, 7)),
+        tmp_path / "w.sdelta",
+    ]
+    dk.merge(base, given, tmp_path / "plain")
+    for number in (2, 3, 1):
+        dk.merge(base, given, tmp_path / "out", shard=(number, 3))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "plain")

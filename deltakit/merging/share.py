@@ -110,8 +110,8 @@ class MergeJob:
         write_weights(own, finished, plan, folder.path, progress, workers)
         alone = folder.is_alone()
         missing = [file for file in files if not is_whole(folder.path / file.name, file.size)]
-        if not folder.is_there:
-            missing = []  # as it was moved to its place
+        if folder.is_done:
+            missing = []
         published = alone and not missing
         if published:
             write_small(writing, folder.path)
