@@ -62,13 +62,10 @@ def identify(
     Raises CoordinateError for a tensor that the checkpoint lacks.
     """
     trained = trained_dtypes or {}
-    prints = {}
-    for name, indices in tensors.items():
-        info = checkpoint.info(name)
-        cast = trained.get(name) or info.dtype
-        sample = _values(checkpoint, info, sample_positions(name, info.shape), cast)
-        support = None if indices is None else _values(checkpoint, info, indices, cast)
-        prints[name] = fingerprint(sample, support)
+    prints = {
+        name: fingerprint_of(checkpoint, name, indices, trained.get(name))
+        for name, indices in tensors.items()
+    }
     return BaseIdentity(
         model_id=checkpoint.model_id,
         revision=checkpoint.revision,
@@ -83,6 +80,17 @@ def without_support(identity: BaseIdentity | None) -> BaseIdentity | None:
         return None
     tensors = {name: replace(found, support=None) for name, found in identity.tensors.items()}
     return replace(identity, tensors=tensors)
+
+
+def fingerprint_of(
+    checkpoint: Checkpoint, name: str, indices: Array | None, trained_dtype: str | None = None
+) -> Fingerprint:
+    """The digests of one tensor of `checkpoint`; arguments and errors as for `identify`."""
+    info = checkpoint.info(name)
+    cast = trained_dtype or info.dtype
+    sample = _values(checkpoint, info, sample_positions(name, info.shape), cast)
+    support = None if indices is None else _values(checkpoint, info, indices, cast)
+    return fingerprint(sample, support)
 
 
 def check_base(delta: SparseDelta, checkpoint: Checkpoint, *, allow: bool = False) -> list[str]:

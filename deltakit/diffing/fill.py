@@ -18,7 +18,7 @@ from deltakit.differences import proven_differences
 from deltakit.diffing.checkpoint_entries import Sides
 from deltakit.dtypes import Array
 from deltakit.formats.sdelta_stream import SdeltaStream
-from deltakit.identity import fingerprint, identify
+from deltakit.identity import fingerprint, fingerprint_of, identify
 from deltakit.shares import in_order
 from deltakit.truncation import truncate
 
@@ -96,7 +96,7 @@ def differing(
         tensor = sides.entries(name)
         if tensor is None:
             return None
-        return tensor, identify(sides.base, {name: tensor.indices}).tensors[name]
+        return tensor, fingerprint_of(sides.base, name, tensor.indices)
 
     wanted = frozenset(names)
     ordered = [name for name in sides.shared if name in wanted]
