@@ -31,8 +31,9 @@ def is_marked(target: Path, key: str) -> bool:
     """Whether `target` is what the work `key` made."""
     try:
         found = json.loads(_mark(target, key).read_bytes())
-        return all(_state(target / name if name else target) == found[name] for name in found)
-    except (OSError, ValueError):
+        states = {name: _state(target / name if name else target) for name in found}
+        return bool(states) and states == found
+    except (OSError, ValueError, TypeError):
         return False
 
 
