@@ -89,8 +89,9 @@ def command(
 ) -> None:
     """Take the exact difference of two checkpoints.
 
-    BASE and TUNED are .safetensors files or folders, single or sharded. Every element whose bits
-    differ becomes an entry, so merging the delta into BASE gives TUNED's tensors back, bit for bit.
+    BASE and TUNED are .safetensors files or folders, single, sharded or as
+    torch.distributed.checkpoint saves them (FSDP). Every element whose bits differ becomes an entry,
+    so merging the delta into BASE gives TUNED's tensors back, bit for bit.
     New tensors, and rows appended to a tensor (new tokens), are kept whole beside the entries.
     --budget or --density keep the largest changes instead, and merging then comes near TUNED only.
 

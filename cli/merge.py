@@ -95,9 +95,10 @@ def command(
 ) -> None:
     """Write a base with deltas merged into it.
 
-    BASE is a .safetensors file or a folder with a checkpoint, single or sharded; it is not changed
-    unless --in-place is given, which writes entries only, whatever the size of BASE, and keeps what
-    was there in a journal beside it (--force: also through links). Both may be on the Hub:
+    BASE is a .safetensors file or a folder with a checkpoint, single, sharded or as
+    torch.distributed.checkpoint saves it; it is not changed unless --in-place is given, which writes
+    entries only, whatever the size of BASE, and keeps what was there in a journal beside it (--force:
+    also through links). Both may be on the Hub:
     hf://owner/repo[@revision][/file]. Without BASE it is the repository and commit that DELTA
     records, in the cache or downloaded; --no-keep-base lets go of each weight file once it is merged.
     Arguments are told apart by content, so their order matters among deltas only. Every delta is

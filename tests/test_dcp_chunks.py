@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltakit.errors import FormatError
+from deltakit.formats import rewrite
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.chunk_grid import MAX_CELLS, ChunkGrid, flat_boxes
-from deltakit.formats.rewrite import Copied, Piece
+from deltakit.formats.rewrite import Copied, Part, Piece
 
 
 @st.composite
@@ -149,5 +151,9 @@ def test_many_files_need_few_handles(tmp_path: Path) -> None:
         for _ in range(2):
             assert checkpoint.read("w").tobytes() == bits(tensor)
             assert checkpoint.gather("w", np.arange(300)).tobytes() == bits(tensor)
+        (shard,) = checkpoint.shards.values()
+        part = Part("w", "F32", (150, 2), 1200, partial(shard.pieces, "w"))
+        rewrite.write(tmp_path / "out", b"", [part], lambda _: None)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert (tmp_path / "out").read_bytes() == bits(tensor)
