@@ -72,6 +72,14 @@ def test_cpus_need_no_triton() -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True, env=clean)
 
 
+def test_where_kernels_do_not_run_torch_takes_over_and_says_so() -> None:
+    """Such as on a CPU that nobody interprets for."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    with pytest.warns(UserWarning, match=r"do not run on cpu .*; torch's functions take their"):
+        assert not dispatch._works(torch.device("cpu"))
+    dispatch._works.cache_clear()
+
+
 def test_sampled_products_pay_later_on_devices() -> None:
     """By the reckoned costs: a quarter of a percent in 16 bits, and never for small matrices."""
     everywhere = {"rows": 4096, "columns": 4096, "on_cpu": False}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from functools import cache
 
 import torch
@@ -27,7 +28,7 @@ def by_triton(tensor: torch.Tensor) -> bool:
     """Whether Triton's kernels work on the tensor; torch's functions do everywhere."""
     if not (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")):
         return False
-    return _has_triton() and (not tensor.is_cuda or _is_new_enough(tensor.device))
+    return _has_triton() and _works(tensor.device)
 
 
 @cache
@@ -38,5 +39,20 @@ def _has_triton() -> bool:
 
 
 @cache
-def _is_new_enough(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= OLDEST
+def _works(device: torch.device) -> bool:
+    """Whether a kernel runs on the device: tried once, since Triton wants a C compiler too."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
+        return False
+    try:
+        from deltakit.kernels.turn import turned
+
+        turned(torch.zeros(1, 1, device=device))
+    except Exception as error:  # noqa: BLE001 - of Triton, a compiler or the driver
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        warnings.warn(
+            f"Triton's kernels do not run on {device} ({reason}); torch's functions take their "
+            "place, which are slower",
+            stacklevel=2,
+        )
+        return False
+    return True

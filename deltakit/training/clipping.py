@@ -74,7 +74,7 @@ class Clipping:
 
 def _norm(gradients: Sequence[torch.Tensor], total: Total | None) -> torch.Tensor:
     norms = torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients])
-    together = torch.linalg.vector_norm(norms)
+    together: torch.Tensor = torch.linalg.vector_norm(norms)
     if total is not None:
         total(together.square_())
         together.sqrt_()
