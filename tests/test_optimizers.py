@@ -246,7 +246,7 @@ def test_a_replaced_entry_inherits_no_state(name: str) -> None:
     tuner = _tuner(Net(), name, dk.RandomMask(budget=40))
     _train(tuner, steps=3)
     slots = torch.tensor([3, 17])
-    tuner.engine.renewed = slots
+    tuner.engine.scoring.renewed = slots
     states = [s for p, s in tuner.optimizer.state.items() if p.numel() == 40]
     before = [t.clone() for t in states[0].values() if torch.is_tensor(t) and t.shape == (40,)]
     after = tuner.state_dict()["state"][0]
@@ -257,7 +257,7 @@ def test_a_replaced_entry_inherits_no_state(name: str) -> None:
     for old, new in zip(before, after, strict=True):
         assert old[slots].any() and not new[slots].any()
         assert torch.equal(old[keep], new[keep])
-    assert len(tuner.engine.renewed) == 0
+    assert len(tuner.engine.scoring.renewed) == 0
 
 
 def test_what_cannot_drive_entries_is_refused() -> None:

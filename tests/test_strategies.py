@@ -170,7 +170,7 @@ def test_drop_and_grow_keeps_budgets_and_exchanges_the_smallest(decay: str) -> N
     for step, batch in enumerate(_batches(10)):
         targets = tuner.engine.entries.targets
         held = [set(t.indices.tolist()) for t in targets]
-        values = [tuner.engine.values(t.number).abs() for t in targets]
+        values = [tuner.engine.scoring.values(t.number).abs() for t in targets]
         sizes = [
             dict(zip(t.indices.tolist(), v.tolist(), strict=True))
             for t, v in zip(targets, values, strict=True)

@@ -79,7 +79,7 @@ class AnyOptimizer(EntryOptimizer):
         """Restore a state of `state_dict` and write it through to the live model."""
         rest = dict(state_dict)
         self.engine.load_state_dict(rest.pop("sparse"))
-        self.engine.renewed = self.engine.renewed[:0]
+        self.engine.scoring.renewed = self.engine.scoring.renewed[:0]
         self.inner.state.clear()
         self._look_at_entries()
         self.inner.load_state_dict(rest)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from deltakit.dtypes import Array
 from deltakit.errors import TrainingError
 from deltakit.gradient_hooks import after_accumulation
 from deltakit.parallel.averaging import Averaging, Exchange
@@ -20,14 +19,14 @@ from deltakit.parallel.in_order import backward_order
 from deltakit.parallel.ranks import Ranks
 from deltakit.parallel.sharded_averaging import ShardedAveraging
 from deltakit.parallel.shards import Shards
-from deltakit.selection.methods import Change, Selector
+from deltakit.selection.methods import Selector
 from deltakit.training.clipping import Clipping
 from deltakit.training.entries import Entries, Target
 from deltakit.training.entries_state import restore_state, state_of
 from deltakit.training.extra import Extra
 from deltakit.training.fixed_support import FixedSupport
 from deltakit.training.gradient_path import GradientPath
-from deltakit.training.shard_target import part_of
+from deltakit.training.scoring import Scoring
 
 
 class Engine:
@@ -64,31 +63,32 @@ class Engine:
         self.buffers = dict(buffers or {})
         self._buffers_before = {name: b.detach().clone() for name, b in self.buffers.items()}
         self.extras = list(extras)
-        self.selector = selector
+        self.scoring = Scoring(selector, entries, shards.ranks if shards else None)
         self.model = model
         self.frozen = frozen
         self._fixed: FixedSupport | None = None
         self.accumulation_steps = accumulation_steps
         self.clipping = Clipping(max_grad_norm)
         self.step = 0
-        # Places whose entry was replaced: the optimizer's state there belongs to one that has left.
-        self.renewed = torch.zeros(0, dtype=torch.int64, device=entries.base.device)
         self.gradient_norm: float | torch.Tensor | None = None
         self._passes = [0] * len(entries.targets)
-        self._offered = [False] * len(entries.targets)
         self._finished = False
-        self._began = False
-        # Entries that are not chosen keep their base bits, so these stay true.
-        self._bounds = [t.bounds() for t in entries.targets] if selector else []
         for target in entries.targets:
             target.parameter.requires_grad_()  # torch refuses hooks on frozen tensors
         self._hooks = [after_accumulation(t.parameter, self._hook(t)) for t in entries.targets]
-        self._sharded = None if shards is None else self._share(shards)
+        self._sharded = None
+        if shards is not None:
+            self._sharded = ShardedAveraging(shards, entries, self._offer)
         self.averaging: Averaging | ShardedAveraging | None = self._sharded
         if ranks is not None:
             self.averaging = self._averaging(ranks, exchange)
-        self._change_ahead()
+        self.scoring.choose_ahead(self.step)
         self._freeze_untrained()
+
+    @property
+    def selector(self) -> Selector | None:
+        """What changes the support; None where nothing does."""
+        return self.scoring.selector
 
     @property
     def paths(self) -> dict[str, GradientPath]:
@@ -100,7 +100,7 @@ class Engine:
     @property
     def selecting(self) -> bool:
         """Whether the current step's gradients are scored, to change the support."""
-        return self.selector is not None and self.selector.scores_step(self.step)
+        return self.scoring.scores(self.step)
 
     @property
     def unmasked(self) -> int:
@@ -122,9 +122,9 @@ class Engine:
                     self.averaging.finish_dense()
                 self.averaging.average_step()
             if self.selecting:
-                self._begin()
-                assert self.selector is not None
-                self._exchange(self.selector.choose(self))
+                self.scoring.choose(self.step)
+                if self._sharded:
+                    self._sharded.count()
             self.gradient_norm = self._clip()
             self._finished = True
         assert self.gradient_norm is not None
@@ -140,7 +140,7 @@ class Engine:
         was_selecting = self.selecting
         self.step += 1
         self.clear_gradients()
-        changed = self._change_ahead()
+        changed = self.scoring.choose_ahead(self.step)
         if changed or was_selecting != self.selecting:
             self._freeze_untrained()
 
@@ -152,24 +152,8 @@ class Engine:
         for extra in self.extras:
             extra.parameter.grad = None
         self._passes = [0] * len(self._passes)
-        self._offered = [False] * len(self._offered)
-        self._finished = self._began = False
-
-    def indices(self, number: int) -> torch.Tensor:
-        """Flat indices of one tensor's entries in training, int64 [n]."""
-        return self.entries.targets[number].indices
-
-    def values(self, number: int) -> torch.Tensor:
-        """Their values, in the same order, [n]."""
-        return self.entries.values.detach()[self.entries.targets[number].slots]
-
-    def blocked(self, number: int) -> Array:
-        """Flat indices that are taken or must not be chosen, int64, sorted."""
-        return self.entries.targets[number].blocked()
-
-    def forbidden(self, number: int) -> Array:
-        """Flat indices that must not be chosen, int64, sorted; those taken may be."""
-        return self.entries.targets[number].forbidden.cpu().numpy()
+        self._finished = False
+        self.scoring.forget()
 
     def changed_buffers(self) -> dict[str, torch.Tensor]:
         """The buffers whose values are no longer the base's."""
@@ -228,28 +212,14 @@ class Engine:
         self.entries.accumulate(target, flat)
         if not self.selecting:
             return
-        if self._offered[target.number]:
-            raise TrainingError(
-                f"{target.live_name}: backward ran more often than accumulation_steps="
-                f"{self.accumulation_steps} between two optimizer steps; pass the real number"
-            )
-        self._offered[target.number] = True
+        self.scoring.claim(target, self.accumulation_steps)
         if self.averaging:
             self.averaging.dense(target, flat)
         else:
             self._offer(target, flat)
 
     def _offer(self, target: Target, flat: torch.Tensor) -> None:
-        """Let the selector score a tensor's dense gradient, [numel]."""
-        self._begin()
-        assert self.selector is not None
-        taken = [] if self.selector.competes else [target.indices]
-        for indices in (target.forbidden, *taken):
-            if len(indices):
-                flat.index_fill_(0, indices, 0)
-        matrix, weights = target.matrix(flat), target.held_weights()
-        bounds = self._bounds[target.number]
-        self.selector.offer(target.number, matrix, weights, bounds, target.live_name)
+        self.scoring.offer(target, flat, self.step)
 
     def _averaging(self, ranks: Ranks, exchange: Exchange) -> Averaging:
         return Averaging(
@@ -261,42 +231,6 @@ class Engine:
             magnitude=self.selector.magnitude if self.selector else torch.abs,
             order=backward_order(self.model, self.entries.targets),
         )
-
-    def _share(self, shards: Shards) -> ShardedAveraging:
-        if self.selector:
-            self.selector.split(shards.ranks, [part_of(t) for t in self.entries.targets])
-        return ShardedAveraging(shards, self.entries, self._offer)
-
-    def _begin(self) -> None:
-        if not self._began:
-            assert self.selector is not None
-            if self.selector.competes:  # entries in training move, and with them the bounds
-                self._bounds = [t.bounds() for t in self.entries.targets]
-            self.selector.begin(self.step, self)
-            self._began = True
-
-    def _change_ahead(self) -> bool:
-        """Let the selector change the support before the step; whether it did."""
-        change = self.selector.ahead(self.step, self) if self.selector else None
-        if change is not None:
-            self._exchange(self._held(change))
-        return change is not None
-
-    def _held(self, change: Change) -> Change:
-        """The part of a change, told in whole tensors, that concerns the weights held here."""
-        joining = []
-        for number, indices, gradients in change.joining:
-            here, mine = self.entries.targets[number].held(indices)
-            joining.append((number, here, gradients[mine]))
-        assert not change.leaving, "none leaves by a choice made without gradients"
-        return Change(joining=joining)
-
-    def _exchange(self, change: Change) -> None:
-        assert self.selector is not None
-        slots = self.entries.exchange(change, self.step, restore=self.selector.restores)
-        if self._sharded:
-            self._sharded.count()
-        self.renewed = torch.cat([self.renewed, slots])
 
     def _clip(self) -> float | torch.Tensor:
         gradients = [self.entries.gradient]

@@ -64,9 +64,9 @@ def parameter_groups(
 
 def forget_renewed(optimizer: Optimizer, engine: Engine, values: torch.Tensor) -> None:
     """Start anew where an entry has taken the place of another since this was called last."""
-    if len(engine.renewed):
-        reset_state(optimizer, values, engine.renewed)
-        engine.renewed = engine.renewed[:0]
+    if len(engine.scoring.renewed):
+        reset_state(optimizer, values, engine.scoring.renewed)
+        engine.scoring.renewed = engine.scoring.renewed[:0]
 
 
 def reset_state(optimizer: Optimizer, values: torch.Tensor, slots: torch.Tensor) -> None:

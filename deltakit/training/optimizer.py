@@ -70,7 +70,7 @@ class SparseAdamW(EntryOptimizer):
         """Restore a state of `state_dict` and write it through to the live model."""
         rest = dict(state_dict)
         self.engine.load_state_dict(rest.pop("sparse"))
-        self.engine.renewed = self.engine.renewed[:0]
+        self.engine.scoring.renewed = self.engine.scoring.renewed[:0]
         super().load_state_dict(rest)
 
     def _moments(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -234,6 +234,7 @@ class SparseTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self.tuner.load_state_dict(read_states(Path(checkpoint)))
+            assert self.lr_scheduler is not None
             scheduler = Path(checkpoint) / SCHEDULER_NAME
             self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
 
