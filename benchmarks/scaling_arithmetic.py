@@ -18,9 +18,10 @@ ENTRY = 4 + 4 + 4 + 4 + 2 * 4 + 8 + 8
 # Per entry on a fixed support: its column in the sparse rows (`tapped_layer.compressed`), the carrier
 # of its gradient and its slot in order of indices (`FixedSupport._carried`).
 TAP = 4 + 4 + 8
-# Per entry while the optimizer steps, activations being gone: ages in int64 and two arrays of the
-# update, and two more of bias corrections where ages differ (`optimizer._adamw`).
-UPDATE, AGES = 8 + 2 * 4, 2 * 4
+# Per entry while the optimizer steps, activations being gone: ages in int64, two bias corrections and
+# two arrays of the update (`optimizer._adamw`). On CPUs bias corrections are single numbers where all
+# entries are of one age.
+UPDATE, ALIKE = 8 + 4 * 4, 8 + 2 * 4
 # Per entry in optimizer.pt: value, base value, order, index, slot, moments (`entries_state`).
 SAVED = 4 + 4 + 4 + 8 + 8 + 2 * 4
 
@@ -30,6 +31,7 @@ LORA_RANK = 16
 
 PAGE = 4096
 SCATTERED = 2**15  # bytes per entry from which on `SafetensorsFile.gather` reads pages one by one
+SAMPLES = 1024  # per tensor, by which a base is known
 HEADER = 200  # of an .sdelta file per tensor: name, shape, digests
 
 
@@ -81,35 +83,35 @@ def lora_sharded(model: Model, n: int, b: int = 2) -> Memory:
     return Memory(held, unsharded(model, b), {})
 
 
-def fixed_parallel(model: Model, n: int, k: int, b: int = 2) -> Memory:
+def fixed_parallel(model: Model, n: int, k: int, b: int = 2, *, update: int = UPDATE) -> Memory:
     """A fixed support, data parallel: every rank holds all of it. Experts that are held together
     have no taps: their entries are taken out of dense gradients, one at a time."""
     held: dict[str, float] = {"weights": b * model.weights, "entries": ENTRY * k}
     held["taps"] = TAP * k * (1 - model.fused_share) + 4 * model.rows
     backward = {"gradients": b * model.largest} if model.fused else {}
-    return Memory(held, backward, {"update": UPDATE * k})
+    return Memory(held, backward, {"update": update * k})
 
 
 def selecting_parallel(model: Model, n: int, k: int, b: int = 2) -> Memory:
     """ID3 in a step that selects, `exact`, data parallel: one dense gradient at a time."""
     held = {"weights": b * model.weights, "entries": ENTRY * k}
-    return Memory(held, {"gradients": b * model.largest}, {"update": (UPDATE + AGES) * k})
+    return Memory(held, {"gradients": b * model.largest}, {"update": UPDATE * k})
 
 
-def fixed_sharded(model: Model, n: int, k: int, b: int = 2) -> Memory:
+def fixed_sharded(model: Model, n: int, k: int, b: int = 2, *, update: int = UPDATE) -> Memory:
     """A fixed support under FSDP2: entries are shared out. Of all that are tapped a rank has column,
     carrier, the sum of gradients, and in the collective a flat copy of these (`ShardedAveraging`)."""
     tapped = k * (1 - model.fused_share)
     held = {"weights": b * model.weights / n, "entries": (ENTRY + 8) * k / n}
     held |= {"taps": (4 + 4) * tapped + 4 * model.rows, "gradients": 4 * tapped}
-    update = {"update": max(4 * tapped, UPDATE * k / n)}
-    return Memory(held, unsharded(model, b, layer=model.fused), update)
+    at_the_end = {"update": max(4 * tapped, update * k / n)}
+    return Memory(held, unsharded(model, b, layer=model.fused), at_the_end)
 
 
 def selecting_sharded(model: Model, n: int, k: int, b: int = 2) -> Memory:
     """ID3 in a step that selects, under FSDP2, whose own reduce-scatter averages the gradients."""
     held = {"weights": b * model.weights / n, "entries": ENTRY * k / n}
-    return Memory(held, _all_gradients(model, b), {"update": (UPDATE + AGES) * k / n})
+    return Memory(held, _all_gradients(model, b), {"update": UPDATE * k / n})
 
 
 def _all_gradients(model: Model, b: int) -> dict[str, float]:
@@ -224,6 +226,13 @@ def merge_to_new_file(model: Model, b: int = 2) -> Merge:
     return Merge(b * model.weights, b * model.weights)
 
 
+def identity_read(model: Model, b: int = 2) -> float:
+    """What comparing the base reads: 1,024 samples of every tensor, each of them a page or, where
+    they are nearer than 32 kB to one another, all of the tensor (`deltakit.identity`)."""
+    sizes = [b * prod(shape) for shape in model.tensors.values()]
+    return sum(min(s, SAMPLES * PAGE) if s > SAMPLES * SCATTERED else s for s in sizes)
+
+
 def merge_in_place(model: Model, k: int, b: int = 2) -> Merge:
     """Pages with entries are read and written; where entries are nearer than 32 kB, reading through
     the mapped file brings all of it. The journal holds original and merged bits, and the delta."""
@@ -231,4 +240,5 @@ def merge_in_place(model: Model, k: int, b: int = 2) -> Merge:
     pages = pages_with_entries(size, d, b)
     journal = delta_bytes(k, d, len(model.tensors), value=2 * b)
     journal += delta_bytes(k, d, len(model.tensors))
-    return Merge(pages if k * SCATTERED < size else size, pages + journal)
+    read = pages + identity_read(model, b) if k * SCATTERED < size else size
+    return Merge(min(read, size), pages + journal)
