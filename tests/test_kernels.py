@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from deltakit.kernels import dispatch
 from deltakit.training.gradient_path import product_path
 
 HERE = Path(__file__).parent
-TARGETS = {80: "bhf", 90: "b"}  # A100 and H100: compute capability -> dtypes of activations
 
 
 def interpreted(*tests: str, **environment: str) -> None:
@@ -101,71 +101,105 @@ def test_torch_can_be_told_to_do_it_all(monkeypatch: pytest.MonkeyPatch) -> None
     assert not dispatch.by_triton(torch.zeros(1)) and not dispatch.runs_ahead(torch.zeros(1))
 
 
-def _signatures(dtypes: str) -> list[tuple[str, Any, str, dict[str, int], bool]]:
-    """Kernels as they are launched: name, function, types of arguments, constants, fusion.
+POINTERS = {"b": "*bf16", "h": "*fp16", "f": "*fp32", "i": "*i32", "l": "*i64", "F": "fp32"}
 
-    Letters: b, h, f are pointers to bfloat16, float16, float32; i, l to int32, int64; I and F are
-    numbers, int32 and float32.
+
+def _compiled(
+    kernel: Any,
+    types: str,
+    capability: int,
+    *,
+    fuse: bool,
+    ones: Collection[str] = (),
+    aligned: Collection[str] = (),
+    **constants: int,
+) -> Any:
+    """A kernel as `launch` has it compiled, to machine code, by the assembler that Triton carries.
+
+    types: of the first arguments, pointers to bfloat16 (b), float16 (h), float32 (f), int32 (i) or
+    int64 (l), and float32 (F); the others are int32. Triton compiles anew for integers that are 1
+    (`ones`), and for pointers and integers that are multiples of 16 (`aligned`).
     """
-    from deltakit.kernels import at_least, batched_rows, lookup, product, turn, write_through
-
-    tile = {"entries": product.ENTRIES, "width": product.TOKENS, "steps": 13}
-    seen = {"entries": lookup.ENTRIES, "width": lookup.TOKENS, "steps": 17}
-    part = {"outputs": batched_rows.OUTPUTS, "width": batched_rows.TOKENS}
-    found: list[tuple[str, Any, str, dict[str, int], bool]] = []
-    for x in dtypes:
-        types = f"{x}{x}iifIIIIIIII"
-        found.append((f"product-{x}", product.product_kernel, types, tile, True))
-        found.append((f"lookup-{x}", lookup.lookup_kernel, f"ll{x}iifIIII", seen, True))
-        types = f"{x}flllllfIIIIIII"
-        found.append((f"rows-{x}", batched_rows.rows_kernel, types, part, True))
-        block = {"block": write_through.BLOCK}
-        found.append((f"write-{x}", write_through.write_kernel, f"{x}llffI", block, False))
-        found.append((f"turn-{x}", turn.turn_kernel, f"{x}{x}IIII", {"tile": turn.TILE}, True))
-    block = {"block": at_least.BLOCK}
-    found.append(("count", at_least.count_kernel, "fFlI", block, False))
-    found.append(("take", at_least.take_kernel, "fFllfI", block, False))
-    return found
-
-
-KINDS = {
-    "b": "*bf16",
-    "h": "*fp16",
-    "f": "*fp32",
-    "i": "*i32",
-    "l": "*i64",
-    "I": "i32",
-    "F": "fp32",
-}
-
-
-@pytest.mark.parametrize("capability", TARGETS)
-def test_kernels_compile_for_devices(
-    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To machine code, by the assembler that Triton carries; the arithmetic that counts is there."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    constants |= dict.fromkeys(ones, 1)
+    names = [name for name in kernel.arg_names if name not in constants]
+    kinds = [POINTERS[kind] for kind in types]
+    kinds += ["i32"] * (len(names) - len(kinds))
+    signature = dict(zip(names, kinds, strict=True)) | dict.fromkeys(constants, "constexpr")
+    places = [(n,) for n, name in enumerate(kernel.arg_names) if name in aligned]
+    source = ASTSource(
+        kernel,
+        signature={name: signature[name] for name in kernel.arg_names},
+        constexprs=constants,
+        attrs={place: [["tt.divisibility", 16]] for place in places},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"enable_fp_fusion": fuse})
+
+
+def _kernels(x: str) -> Iterator[tuple[str, Any, str, dict[str, Any]]]:
+    """Name, kernel, types and constants of all, for activations or weights of a dtype."""
+    from deltakit.kernels import at_least, batched_rows, lookup, product, turn, write_through
+
+    tile = {"entries": product.ENTRIES, "width": product.TOKENS, "steps": 13, "fuse": True}
+    yield "product", product.product_kernel, f"{x}{x}iif", tile
+    tile = {"entries": lookup.ENTRIES, "width": lookup.TOKENS, "steps": 17, "fuse": True}
+    yield "lookup", lookup.lookup_kernel, f"ll{x}iif", tile
+    tile = {"outputs": batched_rows.OUTPUTS, "width": batched_rows.TOKENS, "fuse": True}
+    yield "rows", batched_rows.rows_kernel, f"{x}flllllf", tile
+    block = {"block": write_through.BLOCK, "fuse": False}
+    yield "write", write_through.write_kernel, f"{x}llff", block
+    yield "turn", turn.turn_kernel, f"{x}{x}", {"tile": turn.TILE, "fuse": False}
+    block = {"block": at_least.BLOCK, "fuse": False}
+    yield "count", at_least.count_kernel, "fFl", block
+    yield "take", at_least.take_kernel, "fFllf", block
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for name, kernel, types, constants, fusion in _signatures(TARGETS[capability]):
-        names = [each for each in kernel.arg_names if each not in constants]
-        assert len(names) == len(types), name
-        signature = dict(zip(names, (KINDS[kind] for kind in types), strict=True))
-        signature |= dict.fromkeys(constants, "constexpr")
-        compiled = triton.compile(
-            ASTSource(kernel, signature=signature, constexprs=constants),
-            target=GPUTarget("cuda", capability, 32),
-            options={"enable_fp_fusion": fusion},
-        )
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "b"), (80, "h"), (80, "f"), (90, "b")])
+def test_kernels_compile_for_devices(capability: int, dtype: str) -> None:
+    """For A100 and H100; and the arithmetic that counts is there."""
+    for name, kernel, types, constants in _kernels(dtype):
+        if dtype in "hf" and name in ("count", "take"):
+            continue  # they know float32 alone
+        compiled = _compiled(kernel, types, capability, **constants)
         code = compiled.asm["ptx"]
         assert f".target sm_{capability}" in code and len(compiled.asm["cubin"]) > 1000, name
         assert not re.search(r"\b(atom|red)\.", code), f"{name}: order would be left to chance"
         assert ".ftz" not in code, f"{name}: subnormal numbers would become zero"
-        if not fusion:
+        if not constants["fuse"]:
             assert "fma." not in code, f"{name}: fused"
-        if name.startswith("write-"):
+        if name == "write":
             assert re.search(r"\badd\.(rn\.)?f32", code), f"{name}: sums are not float32"
-        if name == "write-h":
-            assert "cvt.rn.f16.f32" in code or "cvt.rn.f16x2.f32" in code
+            assert dtype != "h" or re.search(r"cvt\.rn\.f16(x2)?\.f32", code)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_kernels_compile_where_every_size_is_one() -> None:
+    for _, kernel, types, constants in _kernels("b"):
+        ones = kernel.arg_names[len(types) : len(kernel.arg_names) - len(constants) + 1]
+        _compiled(kernel, types, 80, ones=ones, **constants)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_lines_are_read_in_vectors() -> None:
+    """Of 16 bytes: transposed activations by the product, and what is transposed on both sides."""
+    kernels = {name: rest for name, *rest in _kernels("b")}
+    kernel, types, constants = kernels["product"]
+    aligned = {"left", "right", "left_feature", "right_feature", "share", "tokens"}
+    ones = {"left_token", "right_token"}
+    code = _compiled(kernel, types, 90, ones=ones, aligned=aligned, **constants).asm["ptx"]
+    assert code.count("ld.global.v4.b32") == 4  # 8 of 16 tokens of left and of right, twice
+    kernel, types, constants = kernels["turn"]
+    aligned = {"source", "target", "row", "width", "line"}
+    code = _compiled(kernel, types, 90, ones={"column"}, aligned=aligned, **constants).asm["ptx"]
+    assert "ld.global.v4.b32" in code and "st.global.v4.b32" in code
