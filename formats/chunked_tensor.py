@@ -47,10 +47,10 @@ class ChunkedTensor:
 
     def words(self) -> Array:
         """All raw words, flat: a read-only view where they stand together, a copy otherwise."""
-        run = self._run(0, ((0,) * len(self._shape), self._shape)) if self._is_whole else None
-        if run is None:
+        whole = self._whole()
+        if whole is None:
             return self.read(0, self.info.numel)
-        return self._file(0).array(run, (self.info.numel,), self.info.kind.words)
+        return self._file(0).array(whole, (self.info.numel,), self.info.kind.words)
 
     def read(self, start: int, stop: int) -> Array:
         """A copy of the words [start, stop), leaving no mapped pages behind."""
@@ -73,6 +73,9 @@ class ChunkedTensor:
         out = np.empty(len(indices), self.info.kind.words)
         if not indices.size:
             return out
+        whole = self._whole()
+        if whole is not None:
+            return self._file(0).gather(whole, self.info.numel, out.dtype, indices)
         coordinates = np.unravel_index(indices, self._shape)
         owners = self._grid.owners(coordinates)
         order = np.argsort(owners, kind="stable")
@@ -107,9 +110,11 @@ class ChunkedTensor:
                     yield words.view(np.uint8).data
             at += size
 
-    @property
-    def _is_whole(self) -> bool:
-        return len(self._stored) == 1 and self.info.numel > 0
+    def _whole(self) -> int | None:
+        """Where all elements start, if they stand row-major in one chunk."""
+        if len(self._stored) != 1:
+            return None
+        return self._run(0, ((0,) * len(self._shape), self._shape))
 
     def _file(self, chunk: int) -> MappedFile:
         return self._files[self._stored[chunk].file]
@@ -124,7 +129,6 @@ class ChunkedTensor:
             what = f"{file.path}: tensor {self.info.name!r} at {list(stored.offsets)}"
             window = memoryview(file.map)[stored.offset : stored.offset + stored.length]
             found = torch_tensor.find(window, what)
-            window.release()
             file.release(stored.offset, stored.length)
             if (found.dtype, found.shape) != (self.info.dtype, stored.sizes):
                 raise FormatError(

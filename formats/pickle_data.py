@@ -106,7 +106,9 @@ class _Machine:
         return value
 
     def unsigned(self, size: int) -> int:
-        return int.from_bytes(self.take(size), "little")
+        start = self.at
+        self.at += size  # beyond the end, the next opcode is missing
+        return int.from_bytes(self.data[start : self.at], "little")
 
     def long(self, size: int) -> int:
         if size > _LONGEST:
@@ -169,7 +171,7 @@ class _Machine:
         self.stack.append(self.names.setdefault(full, Global(full)))
 
     def make(self) -> None:
-        maker, args = self.pop(2)
+        args, maker = self.stack.pop(), self.stack.pop()
         if type(maker) is not Global or type(args) is not tuple:
             raise TypeError
         self.stack.append(Made(maker.name, args))
@@ -202,15 +204,15 @@ _KNOWN: dict[bytes, _Do] = {
     pickle.BINFLOAT: lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
     pickle.SHORT_BINUNICODE: lambda m: m.push(m.text(m.byte())),
     pickle.BINUNICODE: lambda m: m.push(m.text(m.unsigned(4))),
-    pickle.EMPTY_TUPLE: lambda m: m.push(()),
-    pickle.TUPLE1: lambda m: m.push(tuple(m.pop(1))),
+    pickle.EMPTY_TUPLE: lambda m: m.stack.append(()),
+    pickle.TUPLE1: lambda m: m.push((m.stack.pop(),)),
     pickle.TUPLE2: lambda m: m.push(tuple(m.pop(2))),
     pickle.TUPLE3: lambda m: m.push(tuple(m.pop(3))),
     pickle.TUPLE: lambda m: m.push(tuple(m.since_mark())),
     pickle.EMPTY_LIST: lambda m: m.push([]),
     pickle.APPEND: lambda m: m.append(m.pop(1)),
     pickle.APPENDS: lambda m: m.append(m.since_mark()),
-    pickle.EMPTY_DICT: lambda m: m.push({}),
+    pickle.EMPTY_DICT: lambda m: m.stack.append({}),
     pickle.SETITEM: lambda m: m.set_items(m.pop(2)),
     pickle.SETITEMS: lambda m: m.set_items(m.since_mark()),
     pickle.GLOBAL: lambda m: m.name(m.line(), m.line()),
@@ -223,6 +225,6 @@ _KNOWN: dict[bytes, _Do] = {
     pickle.LONG_BINPUT: lambda m: m.put(m.unsigned(4)),
     pickle.MEMOIZE: lambda m: m.memo.append(m.stack[-1]),
     pickle.BINGET: lambda m: m.stack.append(m.memo[m.byte()]),
-    pickle.LONG_BINGET: lambda m: m.push(m.memo[m.unsigned(4)]),
+    pickle.LONG_BINGET: lambda m: m.stack.append(m.memo[m.unsigned(4)]),
 }
 _OPCODES = [_KNOWN.get(bytes([code]), _Machine.refuse) for code in range(256)]

@@ -59,6 +59,10 @@ def find(archive: Bytes, what: str) -> TorchTensor:
     what: names it in messages. Raises FormatError for what torch.save does not write for a dense
     tensor of a known dtype on a little-endian machine, and where the elements are not all there.
     """
+    if archive[:2] != b"PK":
+        raise FormatError(
+            f"{what}: no zip archive of torch.save; save with SerializationFormat.TORCH_SAVE, the default"
+        )
     records = zip_directory.read(archive, what)
     pickles = [name for name in records if name.rpartition("/")[2] == "data.pkl"]
     if len(pickles) != 1 or records[pickles[0]].size > _LARGEST:

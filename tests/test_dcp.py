@@ -154,6 +154,20 @@ def test_safetensors_come_first(tmp_path: Path) -> None:
     assert_holds(Checkpoint(f"{folder}#"), {"w": torch.ones(2)})
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_what_the_writer_for_hugging_face_writes(tmp_path: Path) -> None:
+    """Its whole checkpoints are plain safetensors with an index."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    tensors = {"v": torch.arange(3.0), "w": torch.ones(2, 3).bfloat16()}
+    writer = HuggingFaceStorageWriter(str(tmp_path), {"v": 1, "w": 2})
+    dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+    checkpoint = Checkpoint(tmp_path)
+    assert len(checkpoint.files) == 2
+    assert_holds(checkpoint, tensors)
+
+
 def test_weight_files_are_as_large_as_they_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

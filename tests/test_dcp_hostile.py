@@ -17,6 +17,7 @@ import pytest
 import torch
 from dcp_lab import Writer, bits, grid, save
 from foreign_files import Attack, Call
+from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 from deltakit.errors import FormatError, MissingFileError
@@ -285,10 +286,19 @@ def test_archives_that_torch_does_not_write(tmp_path: Path) -> None:
     short = repacked(archive, lambda n, d: d[:-1] if n.endswith("data/0") else d)
     refuse(storing(tmp_path / "short", short), "lacks elements of its storage '0'")
     refuse(storing(tmp_path / "long", archive + b"x"), "no zip archive of torch.save, or a broken")
-    refuse(storing(tmp_path / "none", b"x" * 500), "no zip archive of torch.save, or a broken")
+    refuse(storing(tmp_path / "none", b"x" * 500), "no zip archive of torch.save; save with Serial")
+    refuse(
+        storing(tmp_path / "end", archive[:900]), "no zip archive of torch.save, or a broken one"
+    )
     old = io.BytesIO()
     torch.save(torch.ones(5), old, _use_new_zipfile_serialization=False)
-    refuse(storing(tmp_path / "old", old.getvalue()), "no zip archive of torch.save, or a broken")
+    refuse(storing(tmp_path / "old", old.getvalue()), "no zip archive of torch.save; save with")
+    other = save(
+        {"v": torch.ones(5)},
+        tmp_path / "other",
+        serialization_format=SerializationFormat.SAFETENSORS,
+    )
+    refuse(other, "no zip archive of torch.save; save with SerializationFormat.TORCH_SAVE")
 
 
 def test_tensors_that_are_not_plain(tmp_path: Path) -> None:

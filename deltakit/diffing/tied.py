@@ -21,7 +21,7 @@ def tied(
     """
     if not tuned.is_dcp or (base.config() or {}).get("tie_word_embeddings") is False:
         return {}
-    found = {}
+    found: dict[str, str] = {}
     for name in added:
         shape = tuned.tensors[name].shape
         if len(shape) > 1 and 0 not in shape:
