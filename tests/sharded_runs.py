@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from parallel_runs import STEPS, Trained, trained
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import deltakit as dk
 from deltakit.parallel.global_best import Candidates, winners
 from deltakit.parallel.ranks import Ranks
-from deltakit.parallel.shards import held_here, whole
+from deltakit.parallel.shards import held_here, is_split, whole
 from deltakit.selection import METHODS as REGISTERED
 from deltakit.training import fixed_support
+from deltakit.training.sharded_model import load_sharded
 
 BATCH = 12  # which two and three processes can share equally
 
@@ -142,6 +145,7 @@ def laws(folder: Path) -> dict[str, Any]:
         "refused": refusals(),
         "best": best_of_all(),
         "zeros": run_without_gradients(),
+        "pretrained": {name: pretrained(folder / name) for name in ("llama", "gpt2")},
         "continued": trained(run("random", steps=2, init_delta=dk.load(folder / "first")).delta()),
     }
 
@@ -250,6 +254,28 @@ def drawn(size: int, rank: int | None = None) -> Iterator[tuple[Any, int]]:
         order = torch.argsort(-scores[mine], stable=True)
         kept = order[:wanted] if rank is not None else order  # a pool holds no more
         yield (scores[mine][kept], owners[mine][kept], numbers[kept]), wanted
+
+
+def pretrained(folder: Path) -> dict[str, Any]:
+    """A transformers model that the first rank loads for all: its logits, and a delta of it."""
+    load = partial(AutoModelForCausalLM.from_pretrained, folder)
+    config = AutoConfig.from_pretrained(folder)
+    model = load_sharded(
+        load, lambda dtype: AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    )
+    split = all(is_split(parameter) for parameter in model.parameters())
+    tokens = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        same = torch.equal(model(tokens).logits, load()(tokens).logits)
+    tuner = dk.SparseTuner(
+        model, dk.ID3(budget=90, steps=2, allocation="proportional"), lr=1e-2, base=folder
+    )
+    for _ in range(3):
+        model(tokens, labels=tokens).loss.backward()
+        tuner.step()
+    tuner.save(folder / "delta.sdelta")
+    weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    return {"same": same, "split": split, "weights": weights}
 
 
 def run_without_gradients() -> Trained:

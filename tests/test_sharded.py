@@ -12,6 +12,8 @@ import torch
 from parallel_lab import together
 from parallel_runs import Trained
 from sharded_runs import STEPS, Stacked, drawn, train
+from tiny_models import write_gpt2, write_llama
+from transformers import AutoModelForCausalLM
 
 import deltakit as dk
 
@@ -82,6 +84,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the laws' ranks leave files; `first` is a delta to continue from."""
     folder = tmp_path_factory.mktemp("files")
     dk.save(sharded_runs.run("id3", steps=2).delta(), folder / "first")
+    write_llama(folder / "llama")
+    write_gpt2(folder / "gpt2")
     return folder
 
 
@@ -141,6 +145,22 @@ def test_the_budget_is_met_where_too_few_have_a_gradient(laws: list[dict[str, An
     assert sum(map(len, alone.indices.values())) == 200
     for rank in laws:
         assert_same(rank["zeros"], alone)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_is_loaded_once_and_its_delta_merges_to_the_live_bits(
+    name: str, laws: list[dict[str, Any]], folder: Path
+) -> None:
+    """The delta is in the checkpoint's own coordinates, which for GPT-2 are turned."""
+    for rank in laws:
+        assert rank["pretrained"][name]["same"] and rank["pretrained"][name]["split"]
+    delta = folder / name / "delta.sdelta"
+    assert dk.load(delta).nnz == 90
+    dk.merge(folder / name, delta, folder / f"{name}-merged")
+    merged = AutoModelForCausalLM.from_pretrained(folder / f"{name}-merged")
+    live = laws[0]["pretrained"][name]["weights"]
+    for parameter, weight in merged.named_parameters():
+        assert torch.equal(weight, live[parameter]), parameter
 
 
 def test_a_delta_is_continued(laws: list[dict[str, Any]], folder: Path) -> None:

@@ -38,7 +38,7 @@ def picked(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     if not is_split(tensor):
         return tensor.detach().view(-1)[positions.to(tensor.device)]
     local = held_here(tensor).view(-1)
-    ranks = _all_processes()
+    ranks = all_processes()
     start = int(ranks.before(torch.tensor(len(local), device=local.device)))
     here = positions.to(local.device) - start
     mine = (here >= 0) & (here < len(local))
@@ -80,7 +80,7 @@ class Shards:
         parameters = dict(model.named_parameters())
         for name in sorted(parameters, key=lambda name: not is_split(parameters[name])):
             _check_split(name, parameters[name])
-        ranks = _all_processes()
+        ranks = all_processes()
         device = next(iter(parameters.values())).device
         sizes = torch.tensor([held_here(p).numel() for p in parameters.values()], device=device)
         starts = ranks.before(sizes).tolist()
@@ -114,7 +114,8 @@ class Shards:
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _all_processes() -> Ranks:
+def all_processes() -> Ranks:
+    """torch.distributed's default group, of one process too."""
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +30,10 @@ from deltakit.training.folder import RunFolder
 from deltakit.training.metrics import greater_is_better
 from deltakit.training.prepare import Prepared
 from deltakit.training.presets import PRESETS
-from deltakit.training.pretrained import load_model
+from deltakit.training.pretrained import empty_model, load_model
 from deltakit.training.reporting import keep_events_in
 from deltakit.training.settings import parse_option
-from deltakit.training.sharded_model import shard_model
+from deltakit.training.sharded_model import load_sharded
 from deltakit.training.step_log import LINES, StepLog
 from deltakit.training.task import Live
 from deltakit.training.trainer import SparseTrainer
@@ -103,16 +103,17 @@ class Subject:
         transformers.set_seed(self.config.seed)
         prepared = self.prepared
         config = self.config
-        model = load_model(
+        load = partial(
+            load_model,
             prepared.located,
             prepared.config,
             prepared.problem,
             config.dtype,
             config.quantization,
         )
-        if config.sharding == "fsdp" and count() > 1:
-            shard_model(model)
-        return model
+        if config.sharding == "none" or count() == 1:
+            return load()
+        return load_sharded(load, partial(empty_model, prepared.config, prepared.problem))
 
     @cached_property
     def adapter(self) -> Attached | None:

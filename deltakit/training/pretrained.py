@@ -177,6 +177,12 @@ def load_model(
     return quantize_model(model, quantization, new=[n for n, at in names.items() if at is None])
 
 
+def empty_model(config: Any, problem: Problem, dtype: Any) -> Any:
+    """The same model without its weights, in evaluation mode; made under torch's meta device."""
+    auto = getattr(transformers, problem.model_class)
+    return auto.from_config(config, dtype=dtype, **_NO_CODE).eval()
+
+
 def _why(error: Exception) -> str:
     """The reason that transformers gives, in one line."""
     if "trust_remote_code" in str(error):

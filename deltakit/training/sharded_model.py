@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
+
+from deltakit.parallel.shards import all_processes
+
+Load = Callable[[], Any]
+
+
+def load_sharded(load: Load, empty: Callable[[torch.dtype], Any]) -> Any:
+    """A model that the first process loads and all share, without any other ever holding it whole.
+
+    load: the model. empty: the same without weights, given its dtype; called under torch's meta
+    device. Weights go out tensor by tensor.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    ranks = all_processes()
+    model = load() if ranks.rank == 0 else None
+    dtype = ranks.gathered_texts("" if model is None else str(model.dtype))[0]
+    weights: dict[str, Any] = {}
+    if model is None:
+        with torch.device("meta"):
+            model = empty(getattr(torch, dtype.removeprefix("torch.")))
+        shard_model(model)
+        model.to_empty(device=_device())
+    else:
+        weights = model.state_dict()
+        shard_model(model)
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=whole)
+    for buffer in model.buffers():  # those that no checkpoint holds, too
+        ranks.from_first(buffer)
+    return model
 
 
 def shard_model(model: torch.nn.Module) -> None:
@@ -14,15 +47,17 @@ def shard_model(model: torch.nn.Module) -> None:
     what lies outside blocks (embeddings, norms, heads) is one more. All processes hold the same
     model when they call.
     """
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    mesh = init_device_mesh(_device(), (dist.get_world_size(),))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
