@@ -12,6 +12,7 @@ from deltakit.budget import format_bytes
 from deltakit.cli.command import Command
 from deltakit.cli.options import (
     Source,
+    check_output,
     count,
     force_option,
     json_option,
@@ -29,11 +30,9 @@ from deltakit.cli.stacking_options import (
 )
 from deltakit.cli.tuning_options import take_tuning, tuning_options
 from deltakit.cli.values import BASE, DELTA, NEW_DELTA, NUMBERS
-from deltakit.errors import OutputError
 from deltakit.figures import check_figure
 from deltakit.formats.atomic import refuse_existing
 from deltakit.hub.locate import named_after
-from deltakit.hub.location import is_location
 
 if TYPE_CHECKING:
     from deltakit.delta import SparseDelta
@@ -102,7 +101,7 @@ def command(
     tuning = take_tuning(given, tuned, others)
     named = named_after(deltas[0], ".sdelta")
     target = output or named.with_name(f"{named.stem}-{method}.sdelta")
-    _check_output(target, deltas, force)
+    check_output(target, deltas, force)
     options = {"head": head, "allow_base_mismatch": allow_base_mismatch, **stacking_options(given)}
     if tuned:
         made, report = _tuned(deltas, method, {**tuning, **options}, force)
@@ -144,10 +143,3 @@ def _tuned(
     recorded = found.delta.provenance
     whole = {**recorded["search"], **found.search.as_dict()}
     return found.delta, {**recorded, "search": whole}
-
-
-def _check_output(output: Path, deltas: Sequence[Source], force: bool) -> None:
-    for delta in (Path(delta) for delta in deltas if not is_location(delta)):
-        if output.exists() and delta.exists() and output.samefile(delta):
-            raise OutputError(f"{output} is a delta to be stacked; give another output")
-    refuse_existing(output, force)

@@ -10,6 +10,7 @@ from deltakit.budget import format_bytes
 from deltakit.cli.command import Command
 from deltakit.cli.options import (
     Source,
+    check_output,
     force_option,
     json_option,
     note,
@@ -18,8 +19,6 @@ from deltakit.cli.options import (
     progress,
 )
 from deltakit.cli.values import BASE, BUDGET, DELTA, NEW_DELTA, Choice
-from deltakit.errors import OutputError
-from deltakit.formats.atomic import refuse_existing
 
 
 @click.command(cls=Command)
@@ -71,13 +70,13 @@ def command(
 
     file = local_delta(delta)
     if output is not None:
-        _check_output(output, file, force)
+        check_output(output, [file], force)
     with progress("Reading") as advance:
         whole = load(file, progress=advance)
     small = truncate(whole, budget, "order" if by == "order" else "magnitude", base)
     named = named_after(delta, ".sdelta")
     target = output or named.with_name(f"{named.stem}-{small.nnz}.sdelta")
-    _check_output(target, file, force)
+    check_output(target, [file], force)
     with progress("Writing") as advance:
         save(small, target, values=_stored_as(file), progress=advance)
     size = target.stat().st_size
@@ -87,12 +86,6 @@ def command(
     if small.nnz == whole.nnz:
         note(f"{delta} has {whole.nnz:,} entries, within the budget: nothing was dropped.")
     click.echo(f"{target}: {small.nnz:,} of {whole.nnz:,} entries by {by}, {format_bytes(size)}")
-
-
-def _check_output(output: Path, delta: Path, force: bool) -> None:
-    if output.exists() and delta.exists() and output.samefile(delta):
-        raise OutputError(f"{output} is the delta to be truncated; give another output")
-    refuse_existing(output, force)
 
 
 def _stored_as(delta: Path) -> str | None:

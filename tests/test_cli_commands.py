@@ -96,7 +96,7 @@ def test_truncate_never_replaces_its_input(delta_file: Path) -> None:
     before = delta_file.read_bytes()
     code, _, err = run("truncate", delta_file, "-b", "3", "-o", "./delta.sdelta", "--force")
     assert code == 1
-    assert err == "Error: delta.sdelta is the delta to be truncated; give another output\n"
+    assert err == "Error: delta.sdelta is a delta to be read; give another output\n"
     assert delta_file.read_bytes() == before
 
 

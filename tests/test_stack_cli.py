@@ -76,7 +76,7 @@ def test_inputs_and_outputs_are_kept() -> None:
     before = Path("a.sdelta").read_bytes()
     code, _, err = run("stack", "b.sdelta", "a.sdelta", "-o", "./a.sdelta", "--force")
     assert code == 1
-    assert err == "Error: a.sdelta is a delta to be stacked; give another output\n"
+    assert err == "Error: a.sdelta is a delta to be read; give another output\n"
     assert run("stack", "a.sdelta", "b.sdelta")[0] == 0
     code, _, err = run("stack", "a.sdelta", "b.sdelta")
     assert (code, "a-linear.sdelta exists" in err) == (1, True)
