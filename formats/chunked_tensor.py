@@ -21,6 +21,7 @@ from deltakit.formats.rewrite import Copied, Piece
 from deltakit.formats.safetensors_file import TensorInfo, check_indices
 
 _WINDOW = 2**20  # elements that are put together at a time
+_SPREAD = 4  # times the bytes wanted that are read at most to get at them
 
 
 class ChunkedTensor:
@@ -153,9 +154,16 @@ class ChunkedTensor:
         size = target.itemsize
         offset += self._first(chunk, part[0]) * size
         steps = tuple(step * size for step in strides)
+        span = (self._last(chunk, target.shape) + 1) * size
         file = self._file(chunk)
-        target[...] = file.array(offset, target.shape, target.dtype, steps)
-        file.release(offset, (self._last(chunk, target.shape) + 1) * size)
+        if span <= _SPREAD * target.nbytes:
+            read = file.read(offset, span)
+            if len(read) < span:
+                raise FormatError(f"{file.path} became shorter while it was read")
+            target[...] = np.ndarray(target.shape, target.dtype, read, strides=steps)
+        else:  # columns of what was saved transposed
+            target[...] = file.array(offset, target.shape, target.dtype, steps)
+            file.release(offset, span)
 
     def _run(self, chunk: int, part: Box) -> int | None:
         """Where the part of the chunk starts in its file, if its elements stand there row-major

@@ -26,11 +26,13 @@ _DCP = "torch.distributed.checkpoint.metadata."
 _WHERE = "torch.distributed.checkpoint.filesystem._StorageInfo"
 _TENSOR, _BYTES = f"{_DCP}TensorStorageMetadata", f"{_DCP}BytesStorageMetadata"
 _CHUNK, _INDEX, _SIZE = f"{_DCP}ChunkStorageMetadata", f"{_DCP}MetadataIndex", "torch.Size"
+_EARLIER = "torch.distributed._shard.sharded_tensor.metadata."  # of properties, before torch 2.3
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 _OTHER_DTYPES = ("complex32", "complex64", "complex128", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _ALLOWED = frozenset(
     [_TENSOR, _BYTES, _CHUNK, _INDEX, _SIZE, _WHERE, f"{_DCP}Metadata", f"{_DCP}StorageMeta"]
     + [f"{_DCP}TensorProperties", f"{_DCP}_MEM_FORMAT_ENCODING", "torch.serialization._get_layout"]
+    + [f"{_EARLIER}TensorProperties", f"{_EARLIER}MEM_FORMAT_ENCODING"]
     + [f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS]
     + [f"torch.{name}" for name in (*DTYPES, *_OTHER_DTYPES)]
     + ["collections.OrderedDict"]

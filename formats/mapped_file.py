@@ -47,7 +47,18 @@ class MappedFile:
             low, high = int(part.min()), int(part.max())
             out[at : at + _GATHER_CHUNK] = array[part]
             self.release(offset + low * dtype.itemsize, (high - low + 1) * dtype.itemsize)
+        self.release(offset, size * dtype.itemsize)  # what faults have mapped around entries
         return out
+
+    def read(self, offset: int, size: int) -> bytearray:
+        """Bytes by plain reads, which map nothing; fewer where the file is shorter by now."""
+        found = bytearray(size)
+        rest = memoryview(found)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while rest.nbytes and (count := file.readinto(rest)):
+                rest = rest[count:]
+        return found[: size - rest.nbytes] if rest.nbytes else found
 
     def _read_each(self, offset: int, dtype: np.dtype[Any], indices: Array) -> Array:
         """`gather` for entries so far apart that mapping, let alone reading ahead, costs more than

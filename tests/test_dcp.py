@@ -145,6 +145,17 @@ def test_a_state_dict_that_was_not_flattened(tmp_path: Path) -> None:
     assert_holds(Checkpoint(writer.folder), {"model.w": torch.ones(2)})
 
 
+def test_properties_as_torch_wrote_them_before_2_3(tmp_path: Path) -> None:
+    from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+
+    writer = Writer(tmp_path / "saved")
+    writer.add("w", torch.ones(2).bfloat16())
+    told: Any = TensorProperties(dtype=torch.bfloat16)
+    writer.tensors["w"].properties = told
+    writer.finish()
+    assert_holds(Checkpoint(writer.folder), {"w": torch.ones(2).bfloat16()})
+
+
 def test_safetensors_come_first(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
