@@ -156,11 +156,12 @@ class ChunkedTensor:
         steps = tuple(step * size for step in strides)
         span = (self._last(chunk, target.shape) + 1) * size
         file = self._file(chunk)
-        if span <= _SPREAD * target.nbytes:
-            read = file.read(offset, span)
-            if len(read) < span:
-                raise FormatError(f"{file.path} became shorter while it was read")
-            target[...] = np.ndarray(target.shape, target.dtype, read, strides=steps)
+        if target.flags.c_contiguous and self._run(chunk, part) is not None:
+            file.read_into(offset, target)
+        elif span <= _SPREAD * target.nbytes:
+            read = np.empty(span, np.uint8)
+            file.read_into(offset, read)
+            target[...] = np.ndarray(target.shape, target.dtype, read.data, strides=steps)
         else:  # columns of what was saved transposed
             target[...] = file.array(offset, target.shape, target.dtype, steps)
             file.release(offset, span)

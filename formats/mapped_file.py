@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from deltakit.dtypes import Array
+from deltakit.errors import FormatError
 
 _GATHER_CHUNK = 256  # entries
 GATHER_MAPPED = _GATHER_CHUNK * 2**16  # bytes: a fault maps up to 64 kB around an entry
@@ -50,15 +51,17 @@ class MappedFile:
         self.release(offset, size * dtype.itemsize)  # what faults have mapped around entries
         return out
 
-    def read(self, offset: int, size: int) -> bytearray:
-        """Bytes by plain reads, which map nothing; fewer where the file is shorter by now."""
-        found = bytearray(size)
-        rest = memoryview(found)
+    def read_into(self, offset: int, target: Array) -> None:
+        """Fill a row-major array by plain reads, which map nothing; FormatError where the file has
+        become too short for it."""
+        rest = target.reshape(-1).view(np.uint8).data
         with self.path.open("rb", buffering=0) as file:
             file.seek(offset)
-            while rest.nbytes and (count := file.readinto(rest)):
+            while rest.nbytes:
+                count = file.readinto(rest)
+                if not count:
+                    raise FormatError(f"{self.path} became shorter while it was read")
                 rest = rest[count:]
-        return found[: size - rest.nbytes] if rest.nbytes else found
 
     def _read_each(self, offset: int, dtype: np.dtype[Any], indices: Array) -> Array:
         """`gather` for entries so far apart that mapping, let alone reading ahead, costs more than

@@ -268,6 +268,15 @@ def test_truncated_files(tmp_path: Path, size: int) -> None:
     refuse(folder, r"has \d+ bytes, and tensor 'v' needs \d+ from byte 0 on; the file is truncated")
 
 
+def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
+    folder = written(tmp_path / "saved").finish()
+    checkpoint = Checkpoint(folder)
+    checkpoint.read("w")
+    os.truncate(folder / "__0_0.distcp", 100)
+    with pytest.raises(FormatError, match="__0_0.distcp became shorter while it was read"):
+        checkpoint.read("w")
+
+
 def test_a_file_of_another_checkpoint(tmp_path: Path) -> None:
     refuse(
         storing(tmp_path / "a", item(torch.ones(6))), r"is float32 of shape \[6\], expected .*\[5\]"
