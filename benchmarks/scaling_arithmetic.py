@@ -114,7 +114,7 @@ def selecting_sharded(model: Model, n: int, k: int, b: int = 2) -> Memory:
     return Memory(held, _all_gradients(model, b), {"update": UPDATE * k / n})
 
 
-def _all_gradients(model: Model, b: int) -> dict[str, float]:
+def _all_gradients(model: Model, b: int) -> Mapping[str, float]:
     head = prod(model.rest["lm_head.weight"])
     return unsharded(model, b, layer=model.unit, head=head, root=elements(model.rest))
 
@@ -233,12 +233,15 @@ def identity_read(model: Model, b: int = 2) -> float:
     return sum(min(s, SAMPLES * PAGE) if s > SAMPLES * SCATTERED else s for s in sizes)
 
 
+def journal_bytes(k: int, d: float, tensors: int, b: int = 2) -> float:
+    """The journal of a merge in place: original and merged bits of the entries, and the delta."""
+    return delta_bytes(k, d, tensors, value=2 * b) + delta_bytes(k, d, tensors)
+
+
 def merge_in_place(model: Model, k: int, b: int = 2) -> Merge:
     """Pages with entries are read and written; where entries are nearer than 32 kB, reading through
-    the mapped file brings all of it. The journal holds original and merged bits, and the delta."""
+    the mapped file brings all of it."""
     d, size = k / model.weights, b * model.weights
     pages = pages_with_entries(size, d, b)
-    journal = delta_bytes(k, d, len(model.tensors), value=2 * b)
-    journal += delta_bytes(k, d, len(model.tensors))
     read = pages + identity_read(model, b) if k * SCATTERED < size else size
-    return Merge(min(read, size), pages + journal)
+    return Merge(min(read, size), pages + journal_bytes(k, d, len(model.tensors), b))

@@ -34,30 +34,33 @@ try:
     main(sys.argv[1:])
 finally:
     peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
-    written = re.search(r"^write_bytes: (\\d+)", Path("/proc/self/io").read_text(), re.M)[1]
-    print(f"\\n{1024 * int(peak)} {written}", file=sys.stderr)
+    print(f"\\n{1024 * int(peak)}", file=sys.stderr)
 """
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one command took: seconds, peak resident bytes, bytes handed to the disk."""
+    """What one command took: seconds, peak resident bytes, bytes of the disk."""
 
     seconds: float
     peak: int
-    written: int
+    grown: int
 
 
-def run(*arguments: object) -> Run:
-    """Run `deltakit` in a fresh process; what it writes counts once it is on the disk."""
+def run(folder: Path, *arguments: object) -> Run:
+    """Run `deltakit` on files in a folder, in a fresh process."""
     command = [sys.executable, "-c", CHILD, *map(str, arguments)]
-    start = time.perf_counter()
+    before, start = on_disk(folder), time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(f"deltakit {arguments[0]}: {done.stderr.strip()}")
-    peak, written = map(int, done.stderr.split()[-2:])
-    return Run(seconds, peak, written)
+    return Run(seconds, int(done.stderr.split()[-1]), on_disk(folder) - before)
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes that the files of a folder take up on the disk; holes take up none."""
+    return sum(512 * path.stat().st_blocks for path in folder.rglob("*") if path.is_file())
 
 
 def write_model(folder: Path, model: Model) -> None:
@@ -115,44 +118,45 @@ def simulate(size: str, entries: int, folder: Path) -> list[str]:
     """Rows of the report of one model; its files are gone afterwards."""
     model = MODELS[size]
     base, path, out = folder / "base", folder / "delta.sdelta", folder / "merged"
-    pages = cost.merge_in_place(model, entries).written
-    if shutil.disk_usage(folder).free < 2 * pages + SHARD + FREE:
+    if shutil.disk_usage(folder).free < cost.PAGE * entries + SHARD + FREE:
         raise SystemExit(f"{folder} lacks the room for {entries:,} entries; give --entries less")
     try:
         write_model(base, model)
         delta = write_delta(path, base, entries)
+        k, touched = delta.nnz, sum(tensor.numel for tensor in delta.tensors.values())
         files = sorted(base.glob("*.safetensors"))
         total, jobs = sum(file.stat().st_size for file in files), len(files)
-        told = cost.delta_bytes(delta.nnz, delta.nnz / model.weights, len(delta.tensors))
-        header = f"{total / 1e9:,.0f} GB in {jobs} files, {len(model.tensors):,} tensors"
-        rows = [
-            f"| **{size}**: {header}, {delta.nnz:,} entries | | | | |",
-            f"| the delta | {told / 1e6:,.1f} | {path.stat().st_size / 1e6:,.1f} | | |",
-            _row("inspect", 0, run("inspect", path)),
-            _row("verify --base", 0, run("verify", path, "--base", base)),
-            _row("merge --in-place", pages, run("merge", base, path, "--in-place")),
-            _row("revert", pages, run("revert", base)),
-        ]
-        job = run("merge", base, path, "-o", out, "--shard", f"1/{jobs}")
-        rows.append(_row(f"merge --shard 1/{jobs}", total / jobs, job))
-        rows.append(
-            f"| {jobs} such jobs, one after another | {total / 1e6:,.0f} | | {jobs * job.seconds:,.0f} | |"
-        )
+        told = cost.delta_bytes(k, k / touched, len(delta.tensors))
+        in_place = cost.pages_with_entries(2 * touched, k / touched)
+        in_place += cost.journal_bytes(k, k / touched, len(delta.tensors))
+        what = f"{total / 1e9:,.0f} GB in {jobs} files, {len(model.tensors):,} tensors"
+        what += f", {k:,} entries in {len(delta.tensors):,} of these"
+        sizes = f"{told / 1e6:,.1f} | {path.stat().st_size / 1e6:,.1f}"
+        rows = [f"| **{size}**: {what} | | | | |", f"| the delta | {sizes} | | |"]
+        commands: dict[str, tuple[float | None, list[object]]] = {
+            "inspect": (None, ["inspect", path]),
+            "verify --base": (None, ["verify", path, "--base", base]),
+            "merge --in-place": (in_place, ["merge", base, path, "--in-place"]),
+            "revert": (None, ["revert", base]),
+            f"merge --shard 1/{jobs}": (
+                total / jobs,
+                ["merge", base, path, "-o", out, "--shard", f"1/{jobs}"],
+            ),
+        }
+        for name, (expected, arguments) in commands.items():
+            found = run(folder, *arguments)
+            print(f"{size} {name}: {found}", file=sys.stderr, flush=True)
+            grown = "|" if expected is None else f"{expected / 1e6:,.0f} | {found.grown / 1e6:,.0f}"
+            rows.append(f"| {name} | {grown} | {found.seconds:.1f} | {found.peak / 1e6:,.0f} |")
         return rows
     finally:
         for made in folder.iterdir():
             shutil.rmtree(made) if made.is_dir() else made.unlink()
 
 
-def _row(what: str, told: float, found: Run) -> str:
-    figures = f"{told / 1e6:,.0f} | {found.written / 1e6:,.0f} | {found.seconds:.1f}"
-    print(f"{what}: {found}", file=sys.stderr, flush=True)
-    return f"| {what} | {figures} | {found.peak / 1e6:,.0f} |"
-
-
 def report(sizes: list[str], entries: int, folder: Path | None) -> str:
     """Arithmetic and measurement side by side, as Markdown."""
-    rows = ["| | MB written: arithmetic | measured | seconds | peak MB |"]
+    rows = ["| | MB on the disk: arithmetic | measured | seconds | peak MB |"]
     rows.append("| --- | ---: | ---: | ---: | ---: |")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was made is removed
     place = Path(tempfile.mkdtemp(dir=folder))
