@@ -273,7 +273,7 @@ def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
     checkpoint = Checkpoint(folder)
     checkpoint.read("w")
     os.truncate(folder / "__0_0.distcp", 100)
-    with pytest.raises(FormatError, match="__0_0.distcp became shorter while it was read"):
+    with pytest.raises(FormatError, match=r"__0_0\.distcp became shorter while it was read"):
         checkpoint.read("w")
 
 
