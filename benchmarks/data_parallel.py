@@ -10,10 +10,10 @@ machine's loopback, one thread per rank, 100k entries.
 cost: every contestant runs alone, in a network namespace of its own where that is allowed (as
 root), so that the interface's counters hold its bytes alone. Printed per step: bytes that all ranks
 together send, headers included; seconds, median; and the peak resident size above the loaded
-model, the largest over ranks.
+model, the largest over ranks; before FSDP2 splits it, as that frees what other ranks hold.
 
 overlap: the support that ID3 chooses in a run of so many steps: several ranks against one process
-with the same batches, by either exchange, as a share of the budget.
+with the same batches, by either exchange and sharded, as a share of the budget.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from step_cost import BUDGET, _status, model
 from transformers import AutoTokenizer
 
 import deltakit as dk
+from deltakit.training.sharded_model import shard_model
 
 ROWS, LENGTH, SKIPPED = 16, 64, 3
 Inputs = dict[str, torch.Tensor]
@@ -64,7 +65,17 @@ def batches(count: int) -> list[Inputs]:
 
 
 def full_adamw(steps: int) -> Step:
-    net = torch.nn.parallel.DistributedDataParallel(model().eval())
+    return full(torch.nn.parallel.DistributedDataParallel(model().eval()))
+
+
+def full_adamw_sharded(steps: int) -> Step:
+    net = model().eval()
+    shard_model(net)
+    return full(net)
+
+
+def full(net: torch.nn.Module) -> Step:
+    """A step of full fine-tuning."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=5e-5)
 
     def step(inputs: Inputs) -> None:
@@ -79,9 +90,11 @@ def sparse(method: Callable[[int], Any], **options: Any) -> Callable[[int], Step
     return lambda steps: tuned(method(steps), **options)[1]
 
 
-def tuned(method: Any, **options: Any) -> tuple[dk.SparseTuner, Step]:
-    """A tuner of a model of its own, and one step of both."""
+def tuned(method: Any, *, sharded: bool = False, **options: Any) -> tuple[dk.SparseTuner, Step]:
+    """A tuner of a model of its own, and one step of both; sharded: the ranks share the model."""
     net = model().eval()
+    if sharded:
+        shard_model(net)
     tuner = dk.SparseTuner(net, method, lr=1e-2, extras="classifier", **options)
 
     def step(inputs: Inputs) -> None:
@@ -103,6 +116,14 @@ CONTESTANTS = {
     "random mask": sparse(lambda steps: dk.RandomMask(budget=BUDGET)),
     "ID3 selecting, exact": sparse(id3),
     "ID3 selecting, candidates": sparse(id3, exchange="candidates"),
+    "full AdamW, FSDP2": full_adamw_sharded,
+    "random mask, FSDP2": sparse(lambda steps: dk.RandomMask(budget=BUDGET), sharded=True),
+    "ID3 selecting, FSDP2": sparse(id3, sharded=True),
+}
+OVERLAPS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "candidates": {"exchange": "candidates"},
+    "FSDP2": {"sharded": True},
 }
 
 
@@ -133,9 +154,9 @@ def cost(name: str, steps: int) -> dict[str, float]:
     }
 
 
-def support(exchange: str, steps: int) -> dict[str, list[int]]:
+def support(name: str, steps: int) -> dict[str, list[int]]:
     """The support after a run: checkpoint name -> flat indices."""
-    tuner, step = tuned(id3(steps), exchange=exchange)
+    tuner, step = tuned(id3(steps), **OVERLAPS[name])
     for inputs in batches(steps + 1):
         step(inputs)
     return {name: tensor.indices.tolist() for name, tensor in tuner.delta().tensors.items()}
@@ -181,11 +202,11 @@ def overlaps(ranks: int, steps: int) -> dict[str, float]:
     (alone,) = on_ranks("overlap", "exact", steps, 1)
     total = sum(map(len, alone.values()))
     found = {}
-    for exchange in ("exact", "candidates"):
-        first, *others = on_ranks("overlap", exchange, steps, ranks)
+    for way in OVERLAPS:
+        first, *others = on_ranks("overlap", way, steps, ranks)
         assert all(other == first for other in others), "ranks disagree"
         shared = (len(np.intersect1d(first.get(name, []), alone[name])) for name in alone)
-        found[exchange] = sum(shared) / total
+        found[way] = sum(shared) / total
     return found
 
 
@@ -209,8 +230,8 @@ def main() -> None:
     if options.json:
         print(json.dumps(found))
     elif options.what == "overlap":
-        for exchange, share in found.items():
-            print(f"{exchange:12}{share:9.4%} of the entries that one process chooses")
+        for way, share in found.items():
+            print(f"{way:12}{share:9.4%} of the entries that one process chooses")
     else:
         print(f"{'contestant':38}{'kB/step':>12}{'s/step':>9}{'peak MB above model':>21}")
         for name, row in found.items():
