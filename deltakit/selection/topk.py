@@ -58,19 +58,31 @@ class TopK:
             empty = torch.zeros(0, dtype=torch.int64)
             return torch.zeros(0), empty, empty, torch.zeros(0)
         self._cut()
-        return self._parts[0]
+        scores, owners, indices, gradients = self._parts[0]
+        order = _tie_order(scores, owners, indices)
+        return scores[order], owners[order], indices[order], gradients[order]
 
     def _cut(self) -> None:
+        """Keep the best k of what is pooled; only ties at the threshold are put in order."""
         columns = [torch.cat(part) for part in zip(*self._parts, strict=True)]
-        scores = columns[0]
+        scores, owners, indices, _ = columns
         if len(scores) > self.k:
-            kth = torch.topk(scores, self.k, sorted=False).values.min()
-            columns = [column[scores >= kth] for column in columns]
-            self.threshold = max(self.threshold, kth.item())
-        scores, owners, indices, gradients = columns
-        order = _tie_order(scores, owners, indices)[: self.k]
-        self._parts = [(scores[order], owners[order], indices[order], gradients[order])]
-        self._count = len(order)
+            kth = _kth(scores, self.k)
+            keep = scores > kth
+            ties = (scores == kth).nonzero()[:, 0]
+            order = _tie_order(scores[ties], owners[ties], indices[ties])
+            keep[ties[order[: self.k - int(keep.sum())]]] = True
+            columns = [column[keep] for column in columns]
+            self.threshold = max(self.threshold, kth)
+        self._parts = [(columns[0], columns[1], columns[2], columns[3])]
+        self._count = len(columns[0])
+
+
+def _kth(scores: torch.Tensor, k: int) -> float:
+    """The k-th largest of n > k scores."""
+    if not runs_ahead(scores):  # NumPy's partition is several times faster than torch's topk
+        return float(np.partition(scores.numpy(), -k)[-k])
+    return torch.topk(scores, k, sorted=False).values.min().item()
 
 
 def _tie_order(scores: torch.Tensor, owners: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
