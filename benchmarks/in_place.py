@@ -28,13 +28,13 @@ from statistics import median
 
 import ml_dtypes
 import numpy as np
+from random_delta import random_delta
 
-from deltakit.delta import SparseDelta, TensorDelta
+from deltakit.delta import SparseDelta
 from deltakit.dtypes import Array
 from deltakit.formats import sdelta
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_header import Entry, render
-from deltakit.identity import identify
 from deltakit.in_place.merge import merge_in_place
 from deltakit.in_place.revert import revert
 
@@ -86,23 +86,11 @@ def write_huge(folder: Path) -> Path:
     return folder
 
 
-def random_delta(base: Checkpoint, rng: np.random.Generator) -> SparseDelta:
-    """ENTRIES entries, in each tensor as many as its share of the weights, and the base's
-    identity."""
-    tensors = {}
-    for name, info in base.tensors.items():
-        count = max(1, round(ENTRIES * info.numel / base.total_weights))
-        indices = np.unique(rng.integers(0, info.numel, count))
-        tensors[name] = TensorDelta(
-            name=name,
-            shape=info.shape,
-            dtype=info.dtype,
-            mode="add",
-            indices=indices,
-            values=rng.standard_normal(len(indices)),
-        )
-    identity = identify(base, {name: tensor.indices for name, tensor in tensors.items()})
-    return SparseDelta(tensors=tensors, base=identity)
+def drawn(base: Checkpoint, rng: np.random.Generator) -> SparseDelta:
+    """ENTRIES entries, in each tensor as many as its share of the weights."""
+    share = ENTRIES / base.total_weights
+    counts = {name: max(1, round(share * info.numel)) for name, info in base.tensors.items()}
+    return random_delta(base, counts, rng, 1.0)
 
 
 def words_at(model: Path, delta: SparseDelta) -> dict[str, Array]:
@@ -170,7 +158,7 @@ def sizes(folder: Path, rounds: int) -> None:
         ("2.2 GB", llama(2048, 5632, 32_000)),
     ):
         model = write_checkpoint(folder / f"{what}.safetensors", shapes, filling)
-        delta = random_delta(Checkpoint(model), rng)
+        delta = drawn(Checkpoint(model), rng)
         sdelta.save(delta, folder / f"{what}.sdelta")
         cases[what] = (model, delta, words_at(model, delta))
         print(f"{what}: {model.stat().st_size:,} bytes, {places(delta)}")
@@ -218,7 +206,7 @@ def huge(folder: Path, rounds: int) -> None:
     times: Times = {}
     for number in range(rounds):
         model, other = write_huge(folder / "model"), write_huge(folder / "raw")
-        delta = random_delta(Checkpoint(model), np.random.default_rng(number))
+        delta = drawn(Checkpoint(model), np.random.default_rng(number))
         sdelta.save(delta, folder / "d.sdelta")
         before = words_at(model, delta)
         timed(times, "raw writes", partial(raw_writes, other, delta, after(delta)))

@@ -27,14 +27,13 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from random_delta import random_delta
 
 from deltakit.budget import format_bytes
-from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.formats import sdelta
 from deltakit.formats.atomic import sync
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_header import Entry, render
-from deltakit.identity import identify
 
 SHAPE = (4096, 1024)  # 8.4 MB in bfloat16
 CHILD = """
@@ -79,26 +78,6 @@ def write_base(folder: Path, files: int, megabytes: int) -> int:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     (folder / "config.json").write_text("{}")
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def write_delta(path: Path, base: Checkpoint, entries: int) -> None:
-    """Entries spread evenly over all tensors, with the base's identity."""
-    rng = np.random.default_rng(0)
-    share = -(-entries // len(base.names))
-    tensors = {}
-    for name, info in base.tensors.items():
-        indices = np.unique(rng.integers(0, info.numel, share))
-        values = rng.standard_normal(len(indices)) * 0.01
-        tensors[name] = TensorDelta(
-            name=name,
-            shape=info.shape,
-            dtype=info.dtype,
-            mode="add",
-            indices=indices,
-            values=values,
-        )
-    identity = identify(base, {name: tensor.indices for name, tensor in tensors.items()})
-    sdelta.save(SparseDelta(tensors=tensors, base=identity), path)
 
 
 def copy(base: Path, out: Path) -> list[tuple[float, int]]:
@@ -152,7 +131,10 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     free = shutil.disk_usage(folder).free
     if size > 0.9 * free:
         sys.exit(f"{format_bytes(size)} are written at a time, {format_bytes(free)} are free")
-    write_delta(delta, Checkpoint(base), options.entries)
+    whole = Checkpoint(base)
+    share = -(-options.entries // len(whole.names))
+    made = random_delta(whole, dict.fromkeys(whole.names, share), np.random.default_rng(0))
+    sdelta.save(made, delta)
     ways: dict[str, Callable[[], list[tuple[float, int]]]] = {"cp": lambda: copy(base, out)}
     for workers in map(int, options.workers.split(",")):
         ways[f"merge --workers {workers}"] = lambda w=workers: merge(  # type: ignore[misc]

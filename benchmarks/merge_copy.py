@@ -21,14 +21,13 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from random_delta import random_delta
 
 from deltakit.budget import format_bytes
-from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.formats import sdelta
 from deltakit.formats.atomic import sync
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_header import Entry, render
-from deltakit.identity import identify
 from deltakit.merging.merge import merge
 
 ENTRIES = 100_000
@@ -58,26 +57,6 @@ def write_base(path: Path, tensors: int, rng: np.random.Generator) -> None:
             file.write(words.astype(np.uint16).tobytes())
 
 
-def random_delta(base: Checkpoint, rng: np.random.Generator) -> SparseDelta:
-    """ENTRIES entries spread evenly over all tensors, with the base's identity."""
-    tensors = {}
-    share, over = divmod(ENTRIES, len(base.names))
-    for number, name in enumerate(base.names):
-        info = base.tensors[name]
-        count = share + (number < over)
-        indices = np.sort(rng.choice(info.numel, count, replace=False))
-        tensors[name] = TensorDelta(
-            name=name,
-            shape=info.shape,
-            dtype=info.dtype,
-            mode="add",
-            indices=indices,
-            values=rng.standard_normal(count) * 0.01,
-        )
-    identity = identify(base, {name: tensor.indices for name, tensor in tensors.items()})
-    return SparseDelta(tensors=tensors, base=identity)
-
-
 def seconds(action: Callable[[], object]) -> float:
     """Wall-clock time of one call."""
     start = time.perf_counter()
@@ -105,7 +84,9 @@ def measure(folder: Path, megabytes: int, rounds: int) -> None:
     base, delta = folder / "base.safetensors", folder / "delta.sdelta"
     copy, out = folder / "copy.safetensors", folder / "out.safetensors"
     write_base(base, round(megabytes * 1e6 / (SHAPE[0] * SHAPE[1] * 2)), rng)
-    sdelta.save(random_delta(Checkpoint(base), rng), delta)
+    whole = Checkpoint(base)
+    counts = dict.fromkeys(whole.names, -(-ENTRIES // len(whole.names)))
+    sdelta.save(random_delta(whole, counts, rng), delta)
     os.sync()
     actions: dict[str, Callable[[], object]] = {
         "cp": lambda: subprocess.run(["cp", base, copy], check=True),

@@ -27,14 +27,13 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from random_delta import random_delta
 
 from deltakit.budget import format_bytes
-from deltakit.delta import SparseDelta, TensorDelta
 from deltakit.formats import sdelta
 from deltakit.formats.atomic import sync
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_header import Entry, render
-from deltakit.identity import identify
 from deltakit.merging.merge import merge
 
 HIDDEN, INNER, KEYS, VOCABULARY = 2048, 5632, 256, 32_000
@@ -88,24 +87,6 @@ def write_base(folder: Path, layers: int, rng: np.random.Generator) -> None:
             file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
     config = {**CONFIG, "num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def random_delta(base: Checkpoint, rng: np.random.Generator) -> SparseDelta:
-    """SHARE of every tensor's weights, at random, with the base's identity."""
-    tensors = {}
-    for name, info in base.tensors.items():
-        indices = np.unique(rng.integers(0, info.numel, round(info.numel * SHARE)))
-        values = rng.standard_normal(len(indices), np.float32) * np.float32(0.02)
-        tensors[name] = TensorDelta(
-            name=name,
-            shape=info.shape,
-            dtype=info.dtype,
-            mode="add",
-            indices=indices,
-            values=values,
-        )
-    identity = identify(base, {name: tensor.indices for name, tensor in tensors.items()})
-    return SparseDelta(tensors={n: t for n, t in tensors.items() if t.nnz}, base=identity)
 
 
 def mergekit_config(folder: Path, method: str, tuned: list[Path]) -> Path:
@@ -180,9 +161,10 @@ def prepare(folder: Path, layers: int, *, whole: bool) -> None:
     rng = np.random.default_rng(0)
     write_base(folder / "base", layers, rng)
     base = Checkpoint(folder / "base")
+    shares = {name: round(info.numel * SHARE) for name, info in base.tensors.items()}
     entries = 0
     for name in ("a", "b"):
-        delta = random_delta(base, rng)
+        delta = random_delta(base, shares, rng, 0.02)
         entries = delta.nnz
         sdelta.save(delta, folder / f"{name}.sdelta")
         if whole:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import scaling_arithmetic as cost
+from random_delta import random_delta
 from scaling_shapes import MODELS, Model
 
-from deltakit.delta import SparseDelta, TensorDelta
+from deltakit.delta import SparseDelta
 from deltakit.formats import sdelta
 from deltakit.formats.checkpoint import Checkpoint
 from deltakit.formats.safetensors_header import Entry, render
-from deltakit.identity import identify
 
 SHARD = 5e9  # bytes of a weight file at most, as most large checkpoints have them
 TOUCHED = 2000  # tensors at most: of small ones samples of the base are all of the file
@@ -95,21 +95,8 @@ def write_delta(path: Path, base: Path, entries: int) -> SparseDelta:
     stride = ceil(len(checkpoint.names) / TOUCHED)
     chosen = {name: checkpoint.info(name) for name in checkpoint.names[::stride]}
     total = sum(info.numel for info in chosen.values())
-    tensors = {}
-    for name, info in chosen.items():
-        count = rng.binomial(entries, info.numel / total)
-        indices = np.unique(rng.integers(0, info.numel, count))
-        if count:
-            tensors[name] = TensorDelta(
-                name=name,
-                shape=info.shape,
-                dtype=info.dtype,
-                mode="add",
-                indices=indices,
-                values=rng.standard_normal(len(indices)) * 0.01,
-            )
-    identity = identify(checkpoint, {name: tensor.indices for name, tensor in tensors.items()})
-    delta = SparseDelta(tensors=tensors, base=identity)
+    counts = {name: int(rng.binomial(entries, i.numel / total)) for name, i in chosen.items()}
+    delta = random_delta(checkpoint, counts, rng)
     sdelta.save(delta, path)
     return delta
 

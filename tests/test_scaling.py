@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import deltakit as dk
 from deltakit.formats import sdelta
@@ -25,6 +24,7 @@ shapes: Any = import_module("scaling_shapes")
 cost: Any = import_module("scaling_arithmetic")
 tables: Any = import_module("scaling_tables")
 simulator: Any = import_module("scaling_simulate")
+measured: Any = import_module("scaling_memory")
 
 TINY = {"layers": 2, "hidden": 64, "inner": 160, "heads": 4, "kv_heads": 2, "vocabulary": 320}
 DENSITIES = (0.0001, 0.001, 0.01)
@@ -32,17 +32,8 @@ DENSITIES = (0.0001, 0.001, 0.01)
 
 def tiny(**other: int) -> torch.nn.Module:
     """A live model of the tiny shape, or with other numbers."""
-    shape = {**TINY, **other}
-    config = LlamaConfig(
-        num_hidden_layers=shape["layers"],
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["inner"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
-        vocab_size=shape["vocabulary"],
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
+    model: torch.nn.Module = measured.live({**TINY, **other})
+    return model
 
 
 def test_the_tables_of_the_page_are_the_arithmetic_s() -> None:
