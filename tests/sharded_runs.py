@@ -142,7 +142,7 @@ def laws(folder: Path) -> dict[str, Any]:
     return {
         "held": what_is_held(folder),
         "exchanged": [exchanged(name) for name in ("random", "id3")],
-        "refused": refusals(),
+        "refused": refusals(folder),
         "best": best_of_all(),
         "zeros": run_without_gradients(),
         "pretrained": {name: pretrained(folder / name) for name in ("llama", "gpt2")},
@@ -196,7 +196,7 @@ def exchanged(name: str) -> list[list[int]]:
     return steps
 
 
-def refusals() -> dict[str, str]:
+def refusals(folder: Path) -> dict[str, str]:
     """The errors of what cannot be: other methods, other ways to split a model, other supports."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     columns = sharded(Stacked(torch.float32))
@@ -219,6 +219,10 @@ def refusals() -> dict[str, str]:
             dk.SparseTuner(model or sharded(Stacked(torch.float32)), method, **options)
         except dk.DeltakitError as error:
             told[name] = str(error)
+    try:
+        dk.apply(sharded(Stacked(torch.float64)), dk.load(folder / "first"))
+    except dk.DeltakitError as error:
+        told["apply"] = str(error)
     return told
 
 

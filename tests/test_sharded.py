@@ -181,6 +181,7 @@ def test_what_cannot_be_is_told_in_one_line(laws: list[dict[str, Any]]) -> None:
         "drop-and-grow": "moves entries between processes",
         "fish": "looks at gradients before it chooses, which it cannot of a sharded model",
         "apart": "rank 1 starts from other support than rank 0",
+        "apply": "is split among processes (fully_shard); apply the delta before that",
     }
     for rank in laws:
         assert rank["refused"].keys() == expected.keys()

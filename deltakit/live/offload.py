@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from deltakit.errors import CoordinateError
+from deltakit.parallel.shards import is_split
 
 
 def resident(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -37,11 +38,16 @@ def resident(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.T
 
 
 def check_resident(name: str, tensor: torch.Tensor) -> None:
-    """Raise CoordinateError when the weights of a live tensor are in no memory."""
+    """Raise CoordinateError when the weights of a live tensor are in no memory, or not all here."""
     if tensor.is_meta:
         raise CoordinateError(
             f"tensor {name!r} is on the meta device: its weights are on disk or were never loaded; "
             "load the model with a device_map that keeps it in memory, or merge into the files"
+        )
+    if is_split(tensor):
+        raise CoordinateError(
+            f"tensor {name!r} is split among processes (fully_shard); apply the delta before that, or "
+            "merge it into the files that the model is loaded from"
         )
 
 
