@@ -32,8 +32,9 @@ from deltakit.kernels import dispatch
 from deltakit.mixed.changes import Change
 from deltakit.mixed.linear import BatchedLinear
 from deltakit.mixed.rows import Rows
-from deltakit.training.entries import Entries, Target
+from deltakit.training.entries import Entries
 from deltakit.training.sampled import sampled_embedding, sampled_product
+from deltakit.training.target import Target
 
 STEPS = 1000  # of the run that the measured steps are part of
 FLOOR = "forward+backward"

@@ -8,11 +8,12 @@ from transformers.pytorch_utils import Conv1D
 
 from deltakit.parallel.ranks import Ranks
 from deltakit.training.engine import Engine
-from deltakit.training.entries import Entries, Target
+from deltakit.training.entries import Entries
 from deltakit.training.extra import make_extra
 from deltakit.training.fixed_support import FixedSupport
 from deltakit.training.gradient_path import GradientPath
 from deltakit.training.optimizer import SparseAdamW
+from deltakit.training.target import Target
 
 TOKENS = torch.tensor([[1, 2, 3, 3, 29], [0, 7, 7, 2, 11], [5, 4, 3, 2, 1]])
 

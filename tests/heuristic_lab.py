@@ -23,7 +23,7 @@ from deltakit.selection.scene import Scene
 from deltakit.selection.snip import Snip
 from deltakit.selection.u_bitfit import UBitFit
 from deltakit.training.calibration import Batches
-from deltakit.training.entries import Target
+from deltakit.training.target import Target
 
 Scores = dict[str, torch.Tensor]
 CLASSES, STEPS, RATE = 3, 5, 1e-2

@@ -17,11 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import deltakit as dk
-from deltakit.training import sampled
+from deltakit.training import sampled, transposes
 from deltakit.training.engine import Engine
-from deltakit.training.entries import Entries, Target
+from deltakit.training.entries import Entries
 from deltakit.training.fixed_support import FixedSupport
 from deltakit.training.gradient_path import GradientPath, embedding_path, product_path
+from deltakit.training.target import Target
 
 PATHS: list[GradientPath] = ["sampled", "submatrix"]
 
@@ -107,7 +108,8 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if not request.param:
         monkeypatch.setattr(sampled, "_has_sampled_addmm", lambda _device, _dtype: False)
         monkeypatch.setattr(sampled, "BUFFER", 100)
-        monkeypatch.setattr(sampled, "TILE", 2)
+        monkeypatch.setattr(transposes, "BUFFER", 100)
+        monkeypatch.setattr(transposes, "TILE", 2)
     yield
 
 
@@ -220,7 +222,7 @@ def test_products_of_any_shape(
     columns = mask.nonzero()[:, 1].int()
     if gathered:
         turned = [
-            next(iter(sampled._transposed(t.reshape(-1, t.shape[-1]), 64, t.dtype)), None)
+            next(iter(transposes.transposed(t.reshape(-1, t.shape[-1]), 64, t.dtype)), None)
             for t in ((x, y) if left else (y, x))
         ]
         if turned[0] is None or turned[1] is None:
@@ -264,15 +266,15 @@ def test_shared_activations_are_transposed_once_and_never_stale() -> None:
         torch.testing.assert_close(diagonal, (x * y).sum(0))
 
     check(x)
-    kept = sampled._last
+    kept = transposes._last
     check(x)
-    assert sampled._last is kept is not None
+    assert transposes._last is kept is not None
     x.mul_(2)  # in place: the same tensor, another version
     check(x)
     check(x.clone())
     check(x)
     del x
-    assert sampled._last is None
+    assert transposes._last is None
 
 
 class _Sizes(TorchDispatchMode):

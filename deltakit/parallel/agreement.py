@@ -11,8 +11,9 @@ import torch
 from deltakit.errors import TrainingError
 from deltakit.parallel.ranks import Ranks
 from deltakit.selection.methods import Chosen
-from deltakit.training.entries import Entries, Target
+from deltakit.training.entries import Entries
 from deltakit.training.extra import Extra
+from deltakit.training.target import Target
 
 _SAMPLES = 1024  # weights per tensor that are compared
 

@@ -12,8 +12,9 @@ from deltakit.errors import ConfigError
 from deltakit.parallel.candidates import SHARE, average_candidates
 from deltakit.parallel.in_order import InOrder
 from deltakit.parallel.ranks import Ranks, flattened
-from deltakit.training.entries import Entries, Target
+from deltakit.training.entries import Entries
 from deltakit.training.extra import Extra
+from deltakit.training.target import Target
 
 Exchange = Literal["exact", "candidates"]
 Offer = Callable[[Target, torch.Tensor], None]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from deltakit.parallel.ranks import Ranks
-from deltakit.training.entries import Target
+from deltakit.training.target import Target
 
 
 def backward_order(model: torch.nn.Module | None, targets: Sequence[Target]) -> list[int]:

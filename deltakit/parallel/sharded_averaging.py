@@ -10,7 +10,8 @@ import torch
 from deltakit.parallel.averaging import Offer
 from deltakit.parallel.ranks import flattened
 from deltakit.parallel.shards import Shards
-from deltakit.training.entries import Entries, Target
+from deltakit.training.entries import Entries
+from deltakit.training.target import Target
 
 Taking = Callable[[torch.Tensor], None]
 

@@ -10,7 +10,7 @@ from deltakit.errors import ConfigError
 from deltakit.quantized.addition import Addition, addition, addition_of
 from deltakit.quantized.layers import dequantised
 from deltakit.quantized.stand_in import StandIn
-from deltakit.training.entries import Target
+from deltakit.training.target import Target
 
 
 @dataclass(eq=False)

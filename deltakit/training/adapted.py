@@ -20,7 +20,7 @@ from deltakit.live.arrays import dtype_name, to_numpy
 from deltakit.selection.grasp import Grasp
 from deltakit.selection.methods import Method, Start
 from deltakit.selection.snip import Snip
-from deltakit.training.entries import Target
+from deltakit.training.target import Target
 
 if TYPE_CHECKING:
     from deltakit.adapters.attach import Attached

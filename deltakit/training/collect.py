@@ -14,7 +14,8 @@ from deltakit.live.coordinates import Coordinates
 from deltakit.live.translation import to_checkpoint
 from deltakit.parallel.shards import Shards
 from deltakit.quantized.stand_in import StandIn
-from deltakit.training.entries import Entries, Target
+from deltakit.training.entries import Entries
+from deltakit.training.target import Target
 
 
 def collect(

@@ -21,12 +21,13 @@ from deltakit.parallel.sharded_averaging import ShardedAveraging
 from deltakit.parallel.shards import Shards
 from deltakit.selection.methods import Selector
 from deltakit.training.clipping import Clipping
-from deltakit.training.entries import Entries, Target
+from deltakit.training.entries import Entries
 from deltakit.training.entries_state import restore_state, state_of
 from deltakit.training.extra import Extra
 from deltakit.training.fixed_support import FixedSupport
 from deltakit.training.gradient_path import GradientPath
 from deltakit.training.scoring import Scoring
+from deltakit.training.target import Target
 
 
 class Engine:

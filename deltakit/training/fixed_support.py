@@ -17,9 +17,10 @@ from deltakit.gradient_hooks import after_accumulation
 from deltakit.parallel.sharded_averaging import ShardedAveraging
 from deltakit.quantized.addition import Addition
 from deltakit.quantized.target import QuantisedTarget
-from deltakit.training.entries import Entries, Target
+from deltakit.training.entries import Entries
 from deltakit.training.gradient_path import GradientPath, embedding_path, product_path
 from deltakit.training.tapped_layer import Carried, can_tap, tap, untap
+from deltakit.training.target import Target
 
 Choice = Callable[[torch.nn.Module, Target], GradientPath]
 

@@ -16,7 +16,7 @@ from deltakit.identity import fingerprint, sample_positions
 from deltakit.live.coordinates import Coordinates, live_tensors
 from deltakit.live.translation import stored_values
 from deltakit.quantized.stand_in import StandIn, whole_parameters
-from deltakit.training.entries import Target
+from deltakit.training.target import Target
 
 
 class LiveIdentity:

@@ -14,20 +14,12 @@ them are called, which is quicker.
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from deltakit.kernels.dispatch import by_triton, runs_ahead
-
-BUFFER = 2**20  # elements of one transposed block or one gathered chunk: 4 MiB in float32
-KEPT = 2**23  # elements of activations whose transpose may be kept for the next layer
-TILE = 128  # tokens transposed at once: their lines stay in the cache while they are written
-NARROW = 1024  # features whose tile stays in the cache as it is
-PADDING = 16  # features; without it lines a power of two apart would compete for the same places
+from deltakit.training.transposes import BUFFER, block_length, remembered, transposed
 
 
 def sampled_product(
@@ -58,9 +50,9 @@ def sampled_product(
         left, right = both if activations_left else both[::-1]
         return product(left, right, starts, columns, dtype)
     total = torch.zeros(len(columns), dtype=dtype, device=gradient.device)
-    block = _block_length(max(activations.shape[-1], gradient.shape[-1]))
-    gradients = _transposed(gradient, block, dtype)
-    for pair in zip(_remembered(activations, block, dtype), gradients, strict=True):
+    block = block_length(max(activations.shape[-1], gradient.shape[-1]))
+    gradients = transposed(gradient, block, dtype)
+    for pair in zip(remembered(activations, block, dtype), gradients, strict=True):
         left, right = pair if activations_left else pair[::-1]
         total += _sampled_block(left, right, starts, columns)
     return total
@@ -198,76 +190,6 @@ def _chosen(tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
 
 def _sum_dtype(gradient: torch.Tensor) -> torch.dtype:
     return torch.float64 if gradient.dtype == torch.float64 else torch.float32
-
-
-def _block_length(features: int) -> int:
-    """Tokens per block: a multiple of TILE whose transpose fits the buffer."""
-    return max(1, BUFFER // features // TILE) * TILE
-
-
-def _transposed(tokens: torch.Tensor, block: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """[..., features] as contiguous [features, at most `block`], one block of tokens at a time."""
-    features = tokens.shape[-1]
-    for part in torch.split(tokens.reshape(-1, features), block):
-        turned = torch.empty(features, len(part), dtype=dtype, device=part.device)
-        if part.device.type == "cpu" and part.dtype == dtype and features <= NARROW:
-            _turn_narrow(part, turned)
-        else:
-            _turn(part, turned)
-        yield turned
-
-
-def _turn(part: torch.Tensor, turned: torch.Tensor) -> None:
-    tile = part.new_empty(TILE, part.shape[1] + PADDING)[:, : part.shape[1]]
-    for rows, to in zip(torch.split(part, TILE), torch.split(turned, TILE, 1), strict=True):
-        to.copy_(tile[: len(rows)].copy_(rows).t())
-
-
-def _turn_narrow(part: torch.Tensor, turned: torch.Tensor) -> None:
-    """The same by NumPy, whose calls cost less than torch's."""
-    source, target = part.detach().numpy(), turned.numpy()
-    for start in range(0, len(source), 2 * TILE):
-        target[:, start : start + 2 * TILE] = source[start : start + 2 * TILE].T
-
-
-@dataclass(frozen=True, eq=False)
-class _Turned:
-    """The transpose of the activations that were used last."""
-
-    source: weakref.ref[torch.Tensor]
-    version: int
-    block: int
-    blocks: list[torch.Tensor]
-
-
-_last: _Turned | None = None
-
-
-def _remembered(
-    activations: torch.Tensor, block: int, dtype: torch.dtype
-) -> Iterator[torch.Tensor] | list[torch.Tensor]:
-    """The transposed blocks; layers that share their input (query, key, value) share them.
-
-    Kept only while the activations themselves live.
-    """
-    global _last
-    last = _last
-    version = activations._version
-    if last and last.source() is activations and (last.version, last.block) == (version, block):
-        return last.blocks
-    _last = None
-    blocks = _transposed(activations, block, dtype)
-    if activations.numel() > KEPT:
-        return blocks
-    kept = list(blocks)
-    _last = _Turned(weakref.ref(activations, _forget), version, block, kept)
-    return kept
-
-
-def _forget(source: weakref.ref[torch.Tensor]) -> None:
-    global _last
-    if _last is not None and _last.source is source:
-        _last = None
 
 
 def _sampled_block(

@@ -8,8 +8,9 @@ from deltakit.dtypes import Array
 from deltakit.errors import TrainingError
 from deltakit.parallel.ranks import Ranks
 from deltakit.selection.methods import Change, Selector
-from deltakit.training.entries import Entries, Target
+from deltakit.training.entries import Entries
 from deltakit.training.shard_target import part_of
+from deltakit.training.target import Target
 
 
 class Scoring:

@@ -9,7 +9,7 @@ import torch
 
 from deltakit.parallel.shards import Shards, held_here, whole
 from deltakit.selection.methods import Part
-from deltakit.training.entries import Target
+from deltakit.training.target import Target
 
 
 @dataclass(eq=False)

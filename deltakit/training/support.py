@@ -13,8 +13,9 @@ from deltakit.dtypes import Array
 from deltakit.errors import ConfigError, CoordinateError, nearest
 from deltakit.live.arrays import to_torch
 from deltakit.selection.methods import Chosen, Scene
-from deltakit.training.entries import Entries, Target
+from deltakit.training.entries import Entries
 from deltakit.training.extra import Extra
+from deltakit.training.target import Target
 
 
 def keep_clear(targets: Sequence[Target], avoid: Sequence[SparseDelta]) -> None:

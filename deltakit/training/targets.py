@@ -13,8 +13,8 @@ from deltakit.parallel.shards import is_split
 from deltakit.quantized.stand_in import StandIn, whole_parameters
 from deltakit.quantized.target import QuantisedTarget
 from deltakit.targets.patterns import matching
-from deltakit.training.entries import Target
 from deltakit.training.shard_target import ShardTarget
+from deltakit.training.target import Target
 
 _TRAINABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -33,7 +33,7 @@ from deltakit.selection.scene import Calibration, Scene
 from deltakit.training.adapted import Masked, adapter_training
 from deltakit.training.any_optimizer import Factory
 from deltakit.training.engine import Engine
-from deltakit.training.entries import Entries, Target
+from deltakit.training.entries import Entries
 from deltakit.training.extra import make_extra
 from deltakit.training.gradient_path import GradientPath
 from deltakit.training.live_identity import LiveIdentity
@@ -43,6 +43,7 @@ from deltakit.training.optimizer_choice import make_optimizer
 from deltakit.training.resharding import resharded
 from deltakit.training.shard_target import split_targets
 from deltakit.training.support import continue_from, continued, enter, keep_clear
+from deltakit.training.target import Target
 from deltakit.training.targets import choose_targets
 
 if TYPE_CHECKING:
