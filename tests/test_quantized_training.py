@@ -51,7 +51,7 @@ METHODS = {
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way to the gradients of entries in turn; layers this small would never be tapped."""
     way: str = request.param
-    monkeypatch.setattr(fixed_support.FixedSupport.__init__, "__defaults__", (lambda *_: way,))
+    monkeypatch.setattr(fixed_support.FixedSupport.__init__, "__defaults__", (lambda *_: way, None))
     return way
 
 
