@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deltakit.errors import ConfigError
 from deltakit.parallel.shards import all_processes
 
 Load = Callable[[], Any]
@@ -45,11 +46,16 @@ def shard_model(model: torch.nn.Module) -> None:
 
     Every block of layers is a unit of its own, whose whole weights exist only while it computes;
     what lies outside blocks (embeddings, norms, heads) is one more. All processes hold the same
-    model when they call.
+    model when they call. Raises ConfigError where torch is older than 2.6.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:
+        raise ConfigError(
+            f"sharding fsdp needs torch 2.6 or newer, found {torch.__version__}"
+        ) from None
     mesh = init_device_mesh(_device(), (dist.get_world_size(),))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
