@@ -15,7 +15,6 @@ from parallel_runs import STEPS, Trained, trained
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import deltakit as dk
 from deltakit.parallel.global_best import Candidates, winners
@@ -262,6 +261,8 @@ def drawn(size: int, rank: int | None = None) -> Iterator[tuple[Any, int]]:
 
 def pretrained(folder: Path) -> dict[str, Any]:
     """A transformers model that the first rank loads for all: its logits, and a delta of it."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds; others need none
+
     load = partial(AutoModelForCausalLM.from_pretrained, folder)
     config = AutoConfig.from_pretrained(folder)
     model = load_sharded(
