@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -137,14 +138,12 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     sdelta.save(made, delta)
     ways: dict[str, Callable[[], list[tuple[float, int]]]] = {"cp": lambda: copy(base, out)}
     for workers in map(int, options.workers.split(",")):
-        ways[f"merge --workers {workers}"] = lambda w=workers: merge(  # type: ignore[misc]
-            base, delta, out, [{"workers": w}], 1
-        )
+        alone = [{"workers": workers}]
+        ways[f"merge --workers {workers}"] = partial(merge, base, delta, out, alone, 1)
     for jobs in map(int, options.jobs.split(",")):
         shards = [{"shard": f"{n}/{jobs}", "workers": 1} for n in range(1, jobs + 1)]
-        ways[f"{jobs} jobs, {options.at_once} at once"] = lambda s=shards: merge(  # type: ignore[misc]
-            base, delta, out, s, options.at_once
-        )
+        way = f"{jobs} jobs, {options.at_once} at once"
+        ways[way] = partial(merge, base, delta, out, shards, options.at_once)
     found = {name: Measured(name) for name in ways}
     for number in range(options.rounds + 1):
         for name, way in ways.items():

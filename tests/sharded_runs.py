@@ -8,6 +8,7 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -184,14 +185,11 @@ def exchanged(name: str) -> list[list[int]]:
     steps = []
     with paths_of("sampled"):
         tuner = run(name, steps=0)
-        dist.all_reduce = counted  # type: ignore[assignment]
-        try:
+        with patch.object(dist, "all_reduce", counted):
             for step in range(STEPS):
                 advance(tuner, range(step, step + 1))
                 steps.append(list(sent))
                 sent.clear()
-        finally:
-            dist.all_reduce = reduce
     return steps
 
 

@@ -117,26 +117,6 @@ def logged(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_killed_rank_costs_nothing_but_the_time_since_the_last_save(
-    still: Path, colours: Path, two: Path, tmp_path: Path
-) -> None:
-    """Another run of two gives the same bits; one process can go on in the place of two."""
-    run = tmp_path / "run"
-    process = start(*train_flags(still, colours, run, **{**SETTINGS, "save_steps": 1}))
-    signal_second(process, signal.SIGKILL, once=r"step [3-9]/12")
-    process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert not (run / "metrics.json").exists()
-    shutil.copytree(run, tmp_path / "alone")
-    finish(str(run / "config.yaml"), "--resume")
-    for name in ("delta.sdelta", "best.sdelta", "budget-100.sdelta"):
-        assert (run / name).read_bytes() == (two / name).read_bytes(), name
-    config = tmp_path / "alone" / "config.yaml"
-    result = deltakit("train", config, "--resume", "--output-dir", tmp_path / "alone")
-    assert result.exit_code == 0, result.output
-    assert_near(tmp_path / "alone", two)
-
-
 def test_a_signal_to_one_rank_stops_all_after_one_step(
     still: Path, colours: Path, two: Path, tmp_path: Path
 ) -> None:
@@ -171,23 +151,27 @@ def test_two_processes_that_share_the_model_train_what_one_does(split: Path, two
     assert sorted(path.name for path in split.iterdir()) == sorted(p.name for p in two.iterdir())
 
 
-def test_a_killed_rank_of_a_shared_model_costs_nothing_either(
-    still: Path, colours: Path, split: Path, tmp_path: Path
+@pytest.mark.parametrize("whole", ["two", "split"])
+def test_a_killed_rank_costs_nothing_but_the_time_since_the_last_save(
+    whole: str, still: Path, colours: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """The same bits by as many processes, and one goes on in their place with the whole model."""
+    """Another run of two gives the same bits; one process can go on in the place of two."""
+    straight: Path = request.getfixturevalue(whole)
     run = tmp_path / "run"
-    settings = {**SETTINGS, "save_steps": 1, "sharding": "fsdp"}
+    settings = {**SETTINGS, "save_steps": 1, "sharding": "fsdp" if whole == "split" else "none"}
     process = start(*train_flags(still, colours, run, **settings))
     signal_second(process, signal.SIGKILL, once=r"step [3-9]/12")
     process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert not (run / "metrics.json").exists()
     shutil.copytree(run, tmp_path / "alone")
     finish(str(run / "config.yaml"), "--resume")
     for name in ("delta.sdelta", "best.sdelta", "budget-100.sdelta"):
-        assert (run / name).read_bytes() == (split / name).read_bytes(), name
+        assert (run / name).read_bytes() == (straight / name).read_bytes(), name
     config = tmp_path / "alone" / "config.yaml"
     result = deltakit("train", config, "--resume", "--output-dir", tmp_path / "alone")
     assert result.exit_code == 0, result.output
-    assert_near(tmp_path / "alone", split)
+    assert_near(tmp_path / "alone", straight)
 
 
 @pytest.mark.parametrize(

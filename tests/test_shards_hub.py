@@ -165,8 +165,8 @@ def test_verify_downloads_what_the_delta_touches(
     published: HubServer, base: Path, keep: bool, recorded: bool
 ) -> None:
     delta = delta_in(base, ("w2",), commit_of(published))
-    given = {"recorded_base": True} if recorded else {"base": "hf://org/base"}
-    report = dk.verify(delta, keep_base=keep, workers=2, **given)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"recorded_base": True} if recorded else {"base": "hf://org/base"}
+    report = dk.verify(delta, keep_base=keep, workers=2, **given)
     assert (report.ok, report.entries) == (True, 20)
     assert downloads(published) == [SHARDS[1]]
     assert cached() == SHARDS[1:2] * keep

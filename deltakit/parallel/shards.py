@@ -126,7 +126,8 @@ def _check_split(name: str, parameter: torch.Tensor) -> None:
             f"parameter {name!r} is not sharded while others are; expected {expected}: apply "
             "fully_shard to the whole model, without ignored_params"
         )
-    placements, mesh = parameter.placements, parameter.device_mesh  # type: ignore[attr-defined]
+    split: Any = parameter
+    placements, mesh = split.placements, split.device_mesh
     rows = len(placements) == 1 and placements[0].is_shard(0)
     if not rows or mesh.size() != dist.get_world_size() or type(placements[0]).__name__ != "Shard":
         raise ConfigError(

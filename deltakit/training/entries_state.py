@@ -46,7 +46,7 @@ def restore_state(entries: Entries, state: dict[str, Any]) -> None:
         if not here.all():
             raise TrainingError(
                 f"{target.name}: the saved state has entries of rows that another process holds now; "
-                "take it up by `deltakit.training.resharding.resharded`"
+                "give SparseTuner.load_state_dict the states of all processes that saved"
             )
         target.slots = slots.to(entries.base.device)
         rest = state["resting"].get(target.name)
